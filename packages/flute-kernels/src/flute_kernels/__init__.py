@@ -1,15 +1,28 @@
 """Weight format and matrix-multiplication kernels for lookup-table-quantized language models."""
 
+import torch  # noqa: F401 - brings the OpenMP runtime that the CPU kernels share
+
+from flute_kernels.build_info import BuildInfo, build_info, check_environment
 from flute_kernels.errors import FluteError, FormatError, UnsupportedError
 from flute_kernels.format import QuantizationConfig, QuantizedLinear, QuantSpec, pack_codes, unpack_codes
+from flute_kernels.ops import dequantize, hadamard, qgemm
+from flute_kernels.weight import LutWeight
 
 __all__ = [
+    "BuildInfo",
     "FluteError",
     "FormatError",
+    "LutWeight",
     "QuantSpec",
     "QuantizationConfig",
     "QuantizedLinear",
     "UnsupportedError",
+    "build_info",
+    "dequantize",
+    "hadamard",
     "pack_codes",
+    "qgemm",
     "unpack_codes",
 ]
+
+check_environment()

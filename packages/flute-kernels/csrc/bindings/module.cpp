@@ -1,0 +1,136 @@
+// The Python face of the kernels, and the only file that knows nanobind.
+//
+// Tensors arrive as addresses and numbers: one nb::ndarray costs some five microseconds, an integer a
+// tenth of one, and a decode step makes hundreds of calls. The Python side has checked every tensor.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "cpu_isa/isa.h"
+#include "hadamard/hadamard.h"
+#include "qgemm/room.h"
+
+namespace nb = nanobind;
+
+namespace flute {
+namespace {
+
+const void* address(uintptr_t value) { return reinterpret_cast<const void*>(value); }
+
+void raise_if_refused(const Status& status) {
+  if (!status.ok()) throw std::invalid_argument(status.refusal);
+}
+
+// Workspace of a CPU call. Small ones, as in decoding, come from a buffer that each calling thread
+// keeps; large ones live for the call.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) {
+    const size_t size = static_cast<size_t>((bytes + 63) / 64 * 64);
+    if (size <= kKept) {
+      static thread_local Memory kept;
+      if (!kept) kept = allocate(kKept);
+      data_ = kept.get();
+    } else {
+      own_ = allocate(size);
+      data_ = own_.get();
+    }
+  }
+  void* data() const { return data_; }
+
+ private:
+  static constexpr size_t kKept = 1 << 20;
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  using Memory = std::unique_ptr<void, Free>;
+  static Memory allocate(size_t size) {
+    void* p = std::aligned_alloc(64, size);
+    if (!p) throw std::bad_alloc();
+    return Memory(p);
+  }
+  Memory own_;
+  void* data_;
+};
+
+QWeight make_weight(uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables, uintptr_t table_of_block,
+                    int64_t n, int64_t k, int bits, int vector_size, int64_t group) {
+  return {address(codes),
+          address(scales),
+          static_cast<DType>(scale_dtype),
+          address(tables),
+          static_cast<const int32_t*>(address(table_of_block)),
+          n,
+          k,
+          bits,
+          vector_size,
+          group};
+}
+
+void qgemm_cpu(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int dtype, uintptr_t bias, int bias_dtype,
+               uintptr_t out, int64_t ldo, int threads) {
+  QgemmProblem problem{weight,
+                       address(x),
+                       m,
+                       ldx,
+                       static_cast<DType>(dtype),
+                       address(bias),
+                       static_cast<DType>(bias_dtype),
+                       const_cast<void*>(address(out)),
+                       ldo,
+                       threads,
+                       nullptr};
+  const Room* room = find_room(Device::cpu, problem);
+  if (!room) throw std::runtime_error("no CPU kernel supports this problem");
+  nb::gil_scoped_release release;
+  Workspace workspace(room->workspace_bytes(problem));
+  problem.workspace = workspace.data();
+  raise_if_refused(room->launch(problem));
+}
+
+void dequantize_cpu(const QWeight& weight, uintptr_t out, int dtype, int threads) {
+  nb::gil_scoped_release release;
+  raise_if_refused(first_room(Device::cpu)->dequantize(
+      {weight, const_cast<void*>(address(out)), static_cast<DType>(dtype), threads}));
+}
+
+void hadamard_cpu(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int dtype, uintptr_t signs, int64_t block,
+                  bool transpose, uintptr_t out, int64_t ldo, int threads) {
+  nb::gil_scoped_release release;
+  const cpu::HadamardArgs args{address(x),
+                               ldx,
+                               const_cast<void*>(address(out)),
+                               ldo,
+                               static_cast<DType>(dtype),
+                               static_cast<const float*>(address(signs)),
+                               columns,
+                               block,
+                               transpose};
+  cpu::rotate(args, rows, threads);
+}
+
+}  // namespace
+}  // namespace flute
+
+NB_MODULE(_C, m) {
+  using namespace flute;
+  nb::class_<QWeight>(m, "QWeight", "A weight in a room's layout; it does not own the memory.")
+      .def("__init__", [](QWeight* self, uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables,
+                          uintptr_t table_of_block, int64_t n, int64_t k, int bits, int vector_size, int64_t group) {
+        new (self) QWeight(make_weight(codes, scales, scale_dtype, tables, table_of_block, n, k, bits, vector_size,
+                                       group));
+      });
+  m.def("qgemm_cpu", &qgemm_cpu);
+  m.def("dequantize_cpu", &dequantize_cpu);
+  m.def("hadamard_cpu", &hadamard_cpu);
+  m.def("available_isas", &cpu::available_isas);
+  m.def("select_isa", &cpu::select_isa);
+  m.def("isa", [] { return std::string(cpu::isa().name); });
+  m.attr("CUDA_ARCHITECTURES") = FLUTE_CUDA_ARCHITECTURES;
+  m.attr("CUDA_VERSION") = FLUTE_CUDA_VERSION;
+}

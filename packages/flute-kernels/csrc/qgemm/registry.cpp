@@ -1,0 +1,28 @@
+// Every room, in the order in which they are asked.
+#include "qgemm/cpu/room.h"
+#include "qgemm/room.h"
+
+namespace flute {
+namespace {
+
+const Room kRooms[] = {
+    {"cpu", Device::cpu, cpu::supports, cpu::workspace_bytes, cpu::launch, cpu::dequantize},
+};
+
+}  // namespace
+
+const Room* find_room(Device device, const QgemmProblem& problem) {
+  for (const Room& room : kRooms) {
+    if (room.device == device && room.supports(problem)) return &room;
+  }
+  return nullptr;
+}
+
+const Room* first_room(Device device) {
+  for (const Room& room : kRooms) {
+    if (room.device == device) return &room;
+  }
+  return nullptr;
+}
+
+}  // namespace flute

@@ -1,0 +1,117 @@
+// Sixteen floats with AVX-512 (F, BW, DQ, VL), and bfloat16 dot products where the unit is compiled
+// with them. See scalar.h for what each name means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace flute {
+namespace {
+
+struct Simd {
+  static constexpr int W = 16;
+  static constexpr int kMaxMr = 8;
+  static constexpr int kGemmMr = 12;  // 12 x 2 accumulators, 2 weights, 1 x: 27 of 32 registers
+  static constexpr int kGemmVr = 2;
+
+  using F = __m512;
+  using I = __m512i;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float a) { return _mm512_set1_ps(a); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static I loadi(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  template <int S>
+  static I shr(I a) {
+    return _mm512_srli_epi32(a, S);
+  }
+  template <int S>
+  static I shl(I a) {
+    return _mm512_slli_epi32(a, S);
+  }
+  static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+
+  template <int E>
+  struct Table {  // 256 entries: a gather from the first-level cache
+    const float* t;
+    explicit Table(const float* table) : t(table) {}
+    F operator()(I i) const {
+      return _mm512_i32gather_ps(_mm512_and_si512(i, _mm512_set1_epi32(E - 1)), t, 4);
+    }
+  };
+
+  static F load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F load_bf16(const uint16_t* p) {
+    const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static void store_f16(uint16_t* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store_bf16(uint16_t* p, F a) {
+    const I u = _mm512_castps_si512(a), top = _mm512_srli_epi32(u, 16);
+    const I odd = _mm512_and_si512(top, _mm512_set1_epi32(1));
+    I r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), top, _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+  }
+  template <int H>
+  static F xor_lanes(F a) {
+    const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(H)), a);
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+#ifdef __AVX512BF16__
+  static constexpr bool kBf16Dot = true;
+  // Two neighbouring weights of each row, rounded to bfloat16, in one 32-bit lane.
+  static I pair_bf16(F even, F odd) {
+    const I halves = (I)_mm512_cvtne2ps_pbh(odd, even);
+    return _mm512_permutexvar_epi16(interleave(), halves);
+  }
+  static I interleave() {  // lane r takes halves r (even) and 16 + r (odd)
+    const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
+  }
+  static F dot_bf16(F acc, I a, I b) {
+    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+  }
+  static I set1i(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
+  static void storei(uint32_t* p, I a) { _mm512_storeu_si512(p, a); }
+#else
+  static constexpr bool kBf16Dot = false;
+#endif
+};
+
+template <>
+struct Simd::Table<16> {
+  F t;
+  explicit Table(const float* table) : t(load(table)) {}
+  F operator()(I i) const { return _mm512_permutexvar_ps(i, t); }
+};
+
+template <>
+struct Simd::Table<8> : Simd::Table<16> {
+  using Simd::Table<16>::Table;
+};
+
+template <>
+struct Simd::Table<64> {  // two 32-entry lookups, chosen by index bit 5
+  F t[4];
+  explicit Table(const float* table) : t{load(table), load(table + 16), load(table + 32), load(table + 48)} {}
+  F operator()(I i) const {
+    const __mmask16 upper = _mm512_test_epi32_mask(i, _mm512_set1_epi32(32));
+    const F low = _mm512_permutex2var_ps(t[0], i, t[1]);
+    return _mm512_mask_blend_ps(upper, low, _mm512_permutex2var_ps(t[2], i, t[3]));
+  }
+};
+
+}  // namespace
+}  // namespace flute

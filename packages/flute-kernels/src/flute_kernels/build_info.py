@@ -1,0 +1,52 @@
+"""What this build of flute-kernels contains and what it uses on this machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from flute_kernels import _C
+from flute_kernels.errors import UnsupportedError
+
+__all__ = ["BuildInfo", "build_info", "check_environment"]
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """Version, compiled GPU architectures, CPU instruction sets.
+
+    Attributes:
+        version: of the flute-kernels distribution.
+        cuda_version: of the toolkit that compiled the GPU kernels; empty without any.
+        cuda_architectures: such as ``("80", "90a")``; empty without GPU kernels.
+        cpu_isas: instruction sets in this build that the processor has, best first.
+        cpu_isa: the one in use.
+    """
+
+    version: str
+    cuda_version: str
+    cuda_architectures: tuple[str, ...]
+    cpu_isas: tuple[str, ...]
+    cpu_isa: str
+
+
+def build_info() -> BuildInfo:
+    """Describe the installed build."""
+    return BuildInfo(
+        version=version("flute-kernels"),
+        cuda_version=_C.CUDA_VERSION,
+        cuda_architectures=tuple(a for a in _C.CUDA_ARCHITECTURES.split(";") if a),
+        cpu_isas=tuple(_C.available_isas()),
+        cpu_isa=_C.isa(),
+    )
+
+
+def check_environment() -> None:
+    """Raise UnsupportedError where FLUTE_CPU_ISA names an instruction set that cannot be used here."""
+    wanted = os.environ.get("FLUTE_CPU_ISA")
+    if wanted and wanted not in _C.available_isas():
+        raise UnsupportedError(
+            f"FLUTE_CPU_ISA is {wanted!r}; this build has, for this processor, "
+            f"{', '.join(_C.available_isas())}."
+        )

@@ -1,0 +1,152 @@
+"""A quantized weight made ready for the kernels of one device."""
+
+from __future__ import annotations
+
+
+import torch
+from torch import Tensor
+
+from flute_kernels import cpu_layout, ops
+from flute_kernels.errors import FormatError, UnsupportedError
+from flute_kernels.format import QuantizedLinear, QuantSpec
+
+__all__ = ["LutWeight"]
+
+_SEGMENT = 16
+"""Rows that use one table come in multiples of this: a kernel's block of rows uses one table."""
+
+
+class LutWeight:
+    """A linear weight ``[N, K]`` in the layout that the kernels of its device read.
+
+    Only that layout is kept, not the canonical tensors beside it; :meth:`to_linear` turns it back into
+    them, bit for bit. Make one with :meth:`from_linear`.
+
+    Attributes:
+        spec: bits, groups, tables and rotation.
+        out_features, in_features: N and K.
+        device: where the weight lies.
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: tuple[int, int],
+        codes: Tensor,
+        scales: Tensor,
+        tables: Tensor,
+        codebook: Tensor,
+        signs: Tensor | None,
+    ) -> None:
+        self.spec = spec
+        self.out_features, self.in_features = shape
+        self.device = codes.device
+        self._codes, self._scales, self._tables, self._codebook, self._signs = (
+            codes,
+            scales,
+            tables,
+            codebook,
+            signs,
+        )
+        self._table_of_block = _table_of_block(self.out_features, codebook.shape[0], codes.device)
+        self._numbers = (*shape, spec.bits, spec.vector_size, spec.group_size_for(self.in_features))
+        self._handle = ops._weight_handle(codes, scales, tables, self._table_of_block, *self._numbers)
+
+    @classmethod
+    def from_linear(cls, linear: QuantizedLinear, device: torch.device | str | None = None) -> LutWeight:
+        """Lay out a stored linear for ``device`` (default: where its tensors are). Its bias is not taken.
+
+        Raises:
+            FormatError: the tensors do not follow the format, or tables change inside 16 rows.
+            UnsupportedError: this build has no kernels for the device.
+        """
+        linear.validate()
+        target = torch.device(device) if device is not None else linear.qweight.device
+        if target.type != "cpu":
+            raise UnsupportedError(f"device is {target}; this build has kernels for cpu.")
+        linear = QuantizedLinear(
+            linear.spec, linear.qweight.to(target), linear.scales.to(target), linear.codebook.to(target)
+        )
+        codes, scales, tables = cpu_layout.pack(linear)
+        shape = (linear.out_features, linear.in_features)
+        return cls(linear.spec, shape, codes, scales, tables, linear.codebook.clone(), linear.signs())
+
+    def to_linear(self, bias: Tensor | None = None) -> QuantizedLinear:
+        """The canonical tensors again, exactly those that :meth:`from_linear` was given."""
+        qweight = cpu_layout.unpack_rows(self._codes, self.out_features)
+        scales = cpu_layout.unpack_rows(self._scales, self.out_features)
+        return QuantizedLinear(self.spec, qweight, scales, self._codebook, bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes on its device."""
+        parts = (self._codes, self._scales, self._tables, self._codebook, self._signs)
+        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T + bias``, like :func:`torch.nn.functional.linear`.
+
+        Args:
+            x: float32, float16 or bfloat16 ``[..., K]``, any strides.
+            bias: floating-point ``[N]`` or None.
+
+        Returns:
+            ``[..., N]`` in the dtype of ``x``; gradients flow to ``x`` and ``bias``.
+
+        Raises:
+            FormatError, UnsupportedError: see :func:`flute_kernels.ops.qgemm`.
+        """
+        if self._signs is None and _is_plain(x, bias):
+            ops._check_qgemm(x, self._codes, self.out_features, self.in_features, bias)
+            rows = ops.as_rows(x)
+            out = ops.qgemm_cpu_rows(self._handle, rows, self.out_features, bias)
+            return out if x.ndim == 2 else out.view(*x.shape[:-1], self.out_features)
+        if self._signs is not None:
+            x = ops.hadamard(x, self._signs, self.spec.hadamard)
+        return ops.qgemm(
+            x, self._codes, self._scales, self._tables, self._table_of_block, *self._numbers, bias
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that :meth:`linear` multiplies with, ``[N, K]``, any rotation undone."""
+        if self._signs is None:
+            return self._stored(dtype)
+        return ops.hadamard(self._stored(torch.float32), self._signs, self.spec.hadamard, True).to(dtype)
+
+    def _stored(self, dtype: torch.dtype) -> Tensor:
+        return ops.dequantize(
+            self._codes, self._scales, self._tables, self._table_of_block, *self._numbers, dtype
+        )
+
+    def __repr__(self) -> str:
+        return f"LutWeight(out_features={self.out_features}, in_features={self.in_features}, {self.spec})"
+
+
+def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch's dispatcher has nothing to add: no gradient, tracing, mode or subclass.
+
+    The kernel is then called without it, which saves more time than a small matrix takes to multiply.
+    """
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and x.device.type == "cpu"
+        and (bias is None or bias.is_contiguous())
+    )
+
+
+def _table_of_block(rows: int, tables: int, device: torch.device) -> Tensor | None:
+    if tables == 1:
+        return None
+    of_row = torch.arange(rows) * tables // rows
+    borders = (torch.nonzero(of_row[1:] != of_row[:-1]).flatten() + 1).tolist()
+    uneven = [b for b in borders if b % _SEGMENT]
+    if uneven:
+        raise FormatError(
+            f"{tables} tables for {rows} rows change at row {uneven[0]}; "
+            f"kernels need table borders at multiples of {_SEGMENT} rows."
+        )
+    return of_row[::_SEGMENT].to(device=device, dtype=torch.int32)
