@@ -12,7 +12,9 @@ namespace {
 struct Simd {
   static constexpr int W = 16;
   static constexpr int kMaxMr = 8;
+  static constexpr int kChains = 8;  // independent sums of a matrix-vector product
   static constexpr int kGemmMr = 12;  // 12 x 2 accumulators, 2 weights, 1 x: 27 of 32 registers
+  static constexpr int kGemmStep = 4;  // a last tile has a multiple of this many rows
   static constexpr int kGemmVr = 2;
 
   using F = __m512;

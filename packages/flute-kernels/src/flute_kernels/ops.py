@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flute_kernels import _C
-from flute_kernels.errors import FormatError, UnsupportedError
+from flute_kernels.errors import FluteError, FormatError, UnsupportedError
 from flute_kernels.format.spec import MAX_HADAMARD
 
 __all__ = ["DTYPES", "dequantize", "hadamard", "qgemm"]
@@ -117,23 +117,24 @@ def hadamard(x: Tensor, signs: Tensor | None, block_size: int, transpose: bool =
 
 
 def _check_qgemm(x: Tensor, codes: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != codes.device:
+            raise FormatError(f"{name} is on {tensor.device}, the weight on {codes.device}; expected the same device.")
+    refusal = _qgemm_refusal(x, out_features, in_features, bias)
+    if refusal is not None:
+        raise refusal
+
+
+def _qgemm_refusal(x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> FluteError | None:
     if x.ndim == 0 or x.shape[-1] != in_features:
-        raise FormatError(
-            f"x has shape {list(x.shape)}; its last dimension must be in_features = {in_features}."
-        )
+        return FormatError(f"x has shape {list(x.shape)}; its last dimension must be in_features = {in_features}.")
     if x.dtype not in DTYPES:
-        raise UnsupportedError(f"x is {x.dtype}; supported are float32, float16 and bfloat16.")
-    if x.device != codes.device:
-        raise FormatError(f"x is on {x.device}, the weight on {codes.device}; expected the same device.")
+        return UnsupportedError(f"x is {x.dtype}; supported are float32, float16 and bfloat16.")
     if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype not in DTYPES):
-        raise FormatError(
-            f"bias is {bias.dtype} {list(bias.shape)}; expected a floating-point [{out_features}] "
-            "of at most 32 bits."
+        return FormatError(
+            f"bias is {bias.dtype} {list(bias.shape)}; expected float32, float16 or bfloat16 [{out_features}]."
         )
-    if bias is not None and bias.device != codes.device:
-        raise FormatError(
-            f"bias is on {bias.device}, the weight on {codes.device}; expected the same device."
-        )
+    return None
 
 
 def _check_hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> None:
@@ -160,7 +161,7 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def _weight_handle(
+def weight_handle(
     codes: Tensor, scales: Tensor, tables: Tensor, table_of_block: Tensor | None, *numbers: int
 ) -> Any:
     table_address = 0 if table_of_block is None else table_of_block.data_ptr()
@@ -169,22 +170,52 @@ def _weight_handle(
     )
 
 
-def qgemm_cpu_rows(handle: Any, rows: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
-    """The CPU kernel on ``[M, K]`` rows whose arguments have been checked."""
-    m = rows.shape[0]
-    dtype = DTYPES[rows.dtype]
-    out = torch.empty((m, out_features), dtype=rows.dtype)
+def is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether torch's dispatcher has nothing to add: no gradient, tracing, mode, transform or subclass.
+
+    :func:`qgemm_cpu` is then called without it, which saves more time than a small matrix takes to
+    multiply (some nine microseconds a call).
+    """
+    return (
+        type(x) is Tensor
+        and x.is_contiguous()
+        and not (x.requires_grad or (bias is not None and (bias.requires_grad or not bias.is_contiguous())))
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not _dispatch_modes()
+        and not _function_modes()
+        and not _is_tracing()
+        and _functorch_transform() is None
+    )
+
+
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_is_tracing = torch._C._is_tracing
+_functorch_transform = torch._C._functorch.peek_interpreter_stack
+_threads = torch.get_num_threads
+
+
+def qgemm_cpu(
+    handle: Any, x: Tensor, codes: Tensor, out_features: int, in_features: int, bias: Tensor | None
+) -> Tensor:
+    """The CPU kernel on a contiguous x, outside of the dispatcher."""
+    shape = x.shape
+    dtype = DTYPES.get(x.dtype)
+    if dtype is None or not shape or shape[-1] != in_features or bias is not None:
+        _check_qgemm(x, codes, out_features, in_features, bias)
+    out = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
     _C.qgemm_cpu(
         handle,
-        rows.data_ptr(),
-        m,
-        rows.stride(0),
+        x.data_ptr(),
+        x.numel() // in_features,
+        in_features,
         dtype,
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPES[bias.dtype],
         out.data_ptr(),
         out_features,
-        torch.get_num_threads(),
+        _threads(),
     )
     return out
 
@@ -203,12 +234,25 @@ def _qgemm_cpu(
     bias: Tensor | None = None,
 ) -> Tensor:
     _check_qgemm(x, codes, out_features, in_features, bias)
-    handle = _weight_handle(
+    handle = weight_handle(
         codes, scales, tables, table_of_block, out_features, in_features, bits, vector_size, group_size
     )
+    rows = as_rows(x)
     bias = None if bias is None else bias.contiguous()
-    out = qgemm_cpu_rows(handle, as_rows(x), out_features, bias)
-    return out.view(*x.shape[:-1], out_features)
+    out = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
+    _C.qgemm_cpu(
+        handle,
+        rows.data_ptr(),
+        rows.shape[0],
+        rows.stride(0),
+        DTYPES[x.dtype],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype],
+        out.data_ptr(),
+        out_features,
+        _threads(),
+    )
+    return out
 
 
 def _dequantize_cpu(
@@ -225,7 +269,7 @@ def _dequantize_cpu(
 ) -> Tensor:
     if dtype not in DTYPES:
         raise UnsupportedError(f"dtype is {dtype}; supported are float32, float16 and bfloat16.")
-    handle = _weight_handle(
+    handle = weight_handle(
         codes, scales, tables, table_of_block, out_features, in_features, bits, vector_size, group_size
     )
     out = torch.empty((out_features, in_features), dtype=dtype)

@@ -50,7 +50,7 @@ class LutWeight:
         )
         self._table_of_block = _table_of_block(self.out_features, codebook.shape[0], codes.device)
         self._numbers = (*shape, spec.bits, spec.vector_size, spec.group_size_for(self.in_features))
-        self._handle = ops._weight_handle(codes, scales, tables, self._table_of_block, *self._numbers)
+        self._handle = ops.weight_handle(codes, scales, tables, self._table_of_block, *self._numbers)
 
     @classmethod
     def from_linear(cls, linear: QuantizedLinear, device: torch.device | str | None = None) -> LutWeight:
@@ -96,11 +96,8 @@ class LutWeight:
         Raises:
             FormatError, UnsupportedError: see :func:`flute_kernels.ops.qgemm`.
         """
-        if self._signs is None and _is_plain(x, bias):
-            ops._check_qgemm(x, self._codes, self.out_features, self.in_features, bias)
-            rows = ops.as_rows(x)
-            out = ops.qgemm_cpu_rows(self._handle, rows, self.out_features, bias)
-            return out if x.ndim == 2 else out.view(*x.shape[:-1], self.out_features)
+        if self._signs is None and ops.is_plain(x, bias):
+            return ops.qgemm_cpu(self._handle, x, self._codes, self.out_features, self.in_features, bias)
         if self._signs is not None:
             x = ops.hadamard(x, self._signs, self.spec.hadamard)
         return ops.qgemm(
@@ -120,22 +117,6 @@ class LutWeight:
 
     def __repr__(self) -> str:
         return f"LutWeight(out_features={self.out_features}, in_features={self.in_features}, {self.spec})"
-
-
-def _is_plain(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether torch's dispatcher has nothing to add: no gradient, tracing, mode or subclass.
-
-    The kernel is then called without it, which saves more time than a small matrix takes to multiply.
-    """
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
-        and x.device.type == "cpu"
-        and (bias is None or bias.is_contiguous())
-    )
 
 
 def _table_of_block(rows: int, tables: int, device: torch.device) -> Tensor | None:

@@ -17,7 +17,7 @@ struct Output {
   DType bias_dtype;
 };
 
-// x repacked for the tiled product: for every register tile of rows, K columns of `rows` values each.
+// x repacked for the tiled product: for every register tile of rows, K columns of its rows side by side.
 // With bfloat16 dot products an element is a pair of neighbours in K.
 struct PackedX {
   const void* data;
@@ -26,7 +26,7 @@ struct PackedX {
 
 struct QgemmKernels {
   // Matrix-vector products: y for rows [block_begin, block_end) * 16 of W and m <= max_mr rows of x.
-  // x is float32 [m][k].
+  // x is float32 [k][m], as pack_columns makes it.
   void (*gemv)(const QWeight&, const float* x, int64_t m, const Output&, int64_t block_begin,
                int64_t block_end);
   int max_mr;
@@ -43,8 +43,8 @@ struct QgemmKernels {
   int gemm_mr;
   bool bf16_dot;
 
-  // float32 copy of a contiguous or strided x, [m][k].
-  void (*widen)(const void* x, DType, int64_t ldx, int64_t m, int64_t k, float* out);
+  // m <= max_mr rows of x as float32, column by column: [k][m].
+  void (*pack_columns)(const void* x, DType, int64_t ldx, int64_t m, int64_t k, float* out);
 
   // W_hat of rows [block_begin, block_end) * 16.
   void (*dequantize)(const QWeight&, void* out, DType, int64_t block_begin, int64_t block_end);

@@ -135,12 +135,13 @@ FLUTE_INLINE void finish_row(float* sums, const float* bias, int64_t count, cons
 
 // --- matrix-vector ------------------------------------------------------------------------------
 
-// Sums of one block of 16 rows with Mr rows of x. Codes are decoded once for all of them; the scale
+// Sums of one block of 16 rows with Mr rows of x, which lie column by column ([k][Mr]) so that one
+// pointer reaches them all. Codes are decoded once for all of them; the scale
 // multiplies a group's finished sum, so it costs one operation a group. A fused multiply-add takes
 // four cycles and two start in each, so there are eight chains of them wherever registers allow.
 template <int Bits, int P, int Mr>
 void gemv_block(const QWeight& w, const float* x, int64_t block, float* sums) {
-  constexpr int kChains = Mr == 1 ? 4 : Mr <= 3 ? 2 : 1;
+  constexpr int kChains = Mr == 1 ? S::kChains : Mr == 2 ? S::kChains / 2 : Mr <= 4 ? S::kChains / 4 : 1;
   constexpr int64_t kWords = Bits * kBlock;         // of 32 weights of a block
   constexpr int64_t kAhead = 2048 / (Bits * 64);    // prefetched chunks: about 2 KiB, over a page's end
   const int64_t chunks_per_group = w.group / 32, groups = w.k / w.group;
@@ -155,7 +156,7 @@ void gemv_block(const QWeight& w, const float* x, int64_t block, float* sums) {
       F sum[Mr][kChains];
       unroll<Mr * kChains>(
           [&](auto i) FLUTE_LAMBDA_INLINE { sum[i.value / kChains][i.value % kChains] = S::zero(); });
-      for (int64_t c = 0; c < chunks_per_group; ++c, words += kWords, xk += 32) {
+      for (int64_t c = 0; c < chunks_per_group; ++c, words += kWords, xk += 32 * Mr) {
         if (lane == 0) {
           unroll<Bits>([&](auto i) FLUTE_LAMBDA_INLINE {
             S::prefetch(words + kAhead * kWords + i.value * kBlock);
@@ -164,15 +165,14 @@ void gemv_block(const QWeight& w, const float* x, int64_t block, float* sums) {
         decode32<Bits, P>(words, tables, [&](auto k, F weight) FLUTE_LAMBDA_INLINE {
           unroll<Mr>([&](auto m) FLUTE_LAMBDA_INLINE {
             F& s = sum[m.value][k.value % kChains];
-            s = S::fma(weight, S::set1(xk[m.value * w.k + k.value]), s);
+            s = S::fma(weight, S::set1(xk[k.value * Mr + m.value]), s);
           });
         });
       }
       const F scale = load_as_float(scales, w.scale_dtype);
       unroll<Mr>([&](auto m) FLUTE_LAMBDA_INLINE {
         F s = sum[m.value][0];
-        if constexpr (kChains == 4) s = S::add(S::add(s, sum[m.value][1]), S::add(sum[m.value][2], sum[m.value][3]));
-        if constexpr (kChains == 2) s = S::add(s, sum[m.value][1]);
+        unroll<kChains - 1>([&](auto i) FLUTE_LAMBDA_INLINE { s = S::add(s, sum[m.value][i.value + 1]); });
         total[m.value] = S::fma(s, scale, total[m.value]);
       });
     }
@@ -218,8 +218,22 @@ constexpr int kPanel = kTile;
 constexpr int64_t kDepth = 512;
 static_assert(kTile % kBlock == 0);
 
-FLUTE_INLINE int64_t padded_rows(int64_t m) { return round_up(m, S::kGemmMr); }
-int64_t panel_scratch(int64_t m) { return (padded_rows(m) + kDepth) * kTile * 4; }
+// Rows of x come in tiles of kGemmMr; the last tile is as small as kGemmStep allows.
+FLUTE_INLINE int64_t tile_rows(int64_t rows_left) {
+  return min_of(S::kGemmMr, round_up(rows_left, S::kGemmStep));
+}
+int64_t panel_scratch(int64_t m) { return (m + S::kGemmStep + kDepth) * kTile * 4; }
+
+// Calls fn(Int<rows>) for a tile of `rows` rows.
+template <class Fn>
+FLUTE_INLINE void with_tile_rows(int64_t rows, Fn&& fn) {
+  constexpr int kStep = S::kGemmStep;
+  if (rows == S::kGemmMr) return fn(Int<S::kGemmMr>{});
+  unroll<S::kGemmMr / kStep - 1>([&](auto i) FLUTE_LAMBDA_INLINE {
+    constexpr int candidate = (i.value + 1) * kStep;
+    if (rows == candidate) fn(Int<candidate>{});
+  });
+}
 
 template <int Bits, int P>
 void decode_panel(const QWeight& w, int64_t block, int64_t k0, int64_t depth, float* out) {
@@ -300,7 +314,7 @@ FLUTE_INLINE void tile_product_bf16(const uint32_t* weights, const uint32_t* x, 
 template <int Bits, int P>
 void panel_product(const QWeight& w, const PackedX& x, const Output& out, int64_t panel, void* scratch,
                    [[maybe_unused]] bool bf16) {
-  constexpr int kMr = S::kGemmMr, kBlocks = kTile / kBlock;
+  constexpr int kBlocks = kTile / kBlock;
   float* weights = static_cast<float*>(scratch);
   float* sums = weights + kDepth * kTile;
   const int64_t row0 = panel * kPanel, block0 = panel * kBlocks, all_blocks = blocks(w);
@@ -316,16 +330,20 @@ void panel_product(const QWeight& w, const PackedX& x, const Output& out, int64_
 #endif
       decode_panel<Bits, P>(w, block, k0, depth, weights + b * kBlock);
     }
-    for (int64_t m = 0; m < x.m; m += kMr) {
+    for (int64_t m = 0; m < x.m; m += S::kGemmMr) {
+      with_tile_rows(tile_rows(x.m - m), [&](auto rows) FLUTE_LAMBDA_INLINE {
+        const int64_t offset = m * w.k + k0 * rows.value;
 #ifdef __AVX512BF16__
-      if (bf16) {
-        const auto* rows = static_cast<const uint32_t*>(x.data) + (m * w.k + k0 * kMr) / 2;
-        tile_product_bf16<kMr>(reinterpret_cast<uint32_t*>(weights), rows, depth, sums + m * kTile, k0 == 0);
-        continue;
-      }
+        if (bf16) {
+          tile_product_bf16<rows.value>(reinterpret_cast<uint32_t*>(weights),
+                                        static_cast<const uint32_t*>(x.data) + offset / 2, depth,
+                                        sums + m * kTile, k0 == 0);
+          return;
+        }
 #endif
-      const float* rows = static_cast<const float*>(x.data) + m * w.k + k0 * kMr;
-      tile_product<kMr>(weights, rows, depth, sums + m * kTile, k0 == 0);
+        tile_product<rows.value>(weights, static_cast<const float*>(x.data) + offset, depth, sums + m * kTile,
+                                 k0 == 0);
+      });
     }
   }
   const int64_t count = min_of(kPanel, w.n - row0);
@@ -336,38 +354,46 @@ void panel_product(const QWeight& w, const PackedX& x, const Output& out, int64_
   }
 }
 
+// Columns [0, k) of `rows` rows of x, side by side: to[c][width], float32.
+FLUTE_INLINE void interleave(const void* x, DType dtype, int64_t ldx, int64_t k, int64_t row0, int64_t rows, float* to,
+                             int64_t width) {
+  constexpr int64_t kStrip = 64;  // columns widened at a time
+  for (int64_t c0 = 0; c0 < k; c0 += kStrip, to += kStrip * width) {
+    const int64_t columns = min_of(kStrip, k - c0);
+    for (int64_t r = 0; r < rows; ++r) {
+      float strip[kStrip];
+      load_floats(x, dtype, (row0 + r) * ldx + c0, columns, strip);
+      for (int64_t c = 0; c < columns; ++c) to[c * width + r] = strip[c];
+    }
+  }
+}
+
 void pack_x(const void* x, DType dtype, int64_t ldx, int64_t k, int64_t row_begin, int64_t row_end, void* packed,
             bool bf16) {
-  constexpr int kMr = S::kGemmMr;
-  constexpr int64_t kStrip = 64;  // columns widened at a time
-  for (int64_t r0 = row_begin; r0 < row_end; r0 += kMr) {
-    const int64_t rows = min_of(kMr, row_end - r0);
-    if (bf16) {  // x is bfloat16: pairs of columns are moved as they are
-      auto* to = static_cast<uint32_t*>(packed) + r0 * k / 2;
-      if (rows < kMr) memset(to, 0, static_cast<size_t>(kMr * k) * 2);
-      for (int64_t c0 = 0; c0 < k; c0 += kStrip) {
-        for (int64_t r = 0; r < rows; ++r) {
-          const auto* from = static_cast<const uint16_t*>(x) + (r0 + r) * ldx;
-          for (int64_t c = c0; c < min_of(c0 + kStrip, k); c += 2) memcpy(to + c / 2 * kMr + r, from + c, 4);
-        }
-      }
-    } else {
+  for (int64_t r0 = row_begin; r0 < row_end; r0 += S::kGemmMr) {
+    const int64_t rows = min_of(S::kGemmMr, row_end - r0), width = tile_rows(rows);
+    if (!bf16) {
       float* to = static_cast<float*>(packed) + r0 * k;
-      if (rows < kMr) memset(to, 0, static_cast<size_t>(kMr * k) * 4);
-      for (int64_t c0 = 0; c0 < k; c0 += kStrip) {
-        const int64_t columns = min_of(kStrip, k - c0);
-        for (int64_t r = 0; r < rows; ++r) {
-          float strip[kStrip];
-          load_floats(x, dtype, (r0 + r) * ldx + c0, columns, strip);
-          for (int64_t c = 0; c < columns; ++c) to[(c0 + c) * kMr + r] = strip[c];
-        }
+      if (rows < width) memset(to, 0, static_cast<size_t>(width * k) * 4);
+      interleave(x, dtype, ldx, k, r0, rows, to, width);
+      continue;
+    }
+    // x is bfloat16: pairs of columns are moved as they are.
+    auto* to = static_cast<uint32_t*>(packed) + r0 * k / 2;
+    if (rows < width) memset(to, 0, static_cast<size_t>(width * k) * 2);
+    constexpr int64_t kStrip = 64;
+    for (int64_t c0 = 0; c0 < k; c0 += kStrip) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* from = static_cast<const uint16_t*>(x) + (r0 + r) * ldx;
+        for (int64_t c = c0; c < min_of(c0 + kStrip, k); c += 2) memcpy(to + c / 2 * width + r, from + c, 4);
       }
     }
   }
 }
 
-void widen(const void* x, DType dtype, int64_t ldx, int64_t m, int64_t k, float* out) {
-  for (int64_t r = 0; r < m; ++r) load_floats(x, dtype, r * ldx, k, out + r * k);
+void pack_columns(const void* x, DType dtype, int64_t ldx, int64_t m, int64_t k, float* out) {
+  if (m == 1) return load_floats(x, dtype, 0, k, out);
+  interleave(x, dtype, ldx, k, 0, m, out, m);
 }
 
 // --- dequantize ---------------------------------------------------------------------------------
@@ -422,7 +448,7 @@ void dequantize(const QWeight& w, void* out, DType dtype, int64_t begin, int64_t
 }
 
 constexpr QgemmKernels kQgemmKernels = {gemv,   S::kMaxMr,  panel,         panel_scratch, kPanel,
-                                        pack_x, S::kGemmMr, S::kBf16Dot, widen,         dequantize};
+                                        pack_x, S::kGemmMr, S::kBf16Dot, pack_columns, dequantize};
 
 }  // namespace
 }  // namespace flute::cpu

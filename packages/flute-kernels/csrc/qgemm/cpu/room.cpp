@@ -18,14 +18,20 @@ constexpr int64_t kGemvPasses = 1;
 constexpr int64_t kPackedXBytes = 8 << 20;
 // Below this many weights a second thread costs more than it brings.
 constexpr int64_t kWeightsPerThread = 1 << 15;
-// A thread takes work in pieces of about this many weights: small enough to even out a slow core, large
-// enough that taking one is free.
+// A thread takes work in pieces, several for each thread so that a slow core is evened out, but none
+// larger than this many weights.
+constexpr int64_t kPiecesPerThread = 4;
 constexpr int64_t kWeightsPerPiece = 1 << 17;
 
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 int useful_threads(const QWeight& w, int threads) {
   return static_cast<int>(std::clamp<int64_t>(w.n * w.k / kWeightsPerThread, 1, std::max(1, threads)));
+}
+
+int64_t blocks_per_piece(const QWeight& w, int threads) {
+  const int64_t even = blocks(w) / (threads * kPiecesPerThread);
+  return std::clamp<int64_t>(even, 1, std::max<int64_t>(1, kWeightsPerPiece / (kBlock * w.k)));
 }
 
 bool is_gemv(const QgemmKernels& kernels, int64_t m) { return m <= kernels.max_mr * kGemvPasses; }
@@ -71,17 +77,18 @@ Output output_of(const QgemmProblem& p, int64_t first_row) {
 
 void launch_gemv(const QgemmKernels& kernels, const QgemmProblem& p) {
   const QWeight& w = p.weight;
-  const float* x = static_cast<const float*>(p.x);
-  if (p.dtype != DType::f32 || (p.m > 1 && p.ldx != w.k)) {
-    kernels.widen(p.x, p.dtype, p.ldx, p.m, w.k, static_cast<float*>(p.workspace));
-    x = static_cast<const float*>(p.workspace);
-  }
-  const int64_t all = blocks(w), piece = std::max<int64_t>(1, kWeightsPerPiece / (kBlock * w.k));
+  const int threads = useful_threads(w, p.threads);
   for (int64_t m = 0; m < p.m; m += kernels.max_mr) {
     const Output out = output_of(p, m);
     const int64_t rows = std::min<int64_t>(kernels.max_mr, p.m - m);
-    in_pieces(useful_threads(w, p.threads), all, piece, [&](int, int64_t begin, int64_t end) {
-      kernels.gemv(w, x + m * w.k, rows, out, begin, end);
+    const void* from = row_of(p.x, p.dtype, m, p.ldx);
+    const float* x = static_cast<const float*>(from);
+    if (rows > 1 || p.dtype != DType::f32) {
+      kernels.pack_columns(from, p.dtype, p.ldx, rows, w.k, static_cast<float*>(p.workspace));
+      x = static_cast<const float*>(p.workspace);
+    }
+    in_pieces(threads, blocks(w), blocks_per_piece(w, threads), [&](int, int64_t begin, int64_t end) {
+      kernels.gemv(w, x, rows, out, begin, end);
     });
   }
 }
@@ -111,7 +118,7 @@ bool supports(const QgemmProblem&) { return true; }
 
 int64_t workspace_bytes(const QgemmProblem& p) {
   const QgemmKernels& kernels = isa().qgemm;
-  if (is_gemv(kernels, p.m)) return p.m * p.weight.k * 4;
+  if (is_gemv(kernels, p.m)) return std::min<int64_t>(p.m, kernels.max_mr) * p.weight.k * 4;
   const Tiling tiling(kernels, p);
   return tiling.packed_bytes + p.threads * tiling.scratch_bytes;
 }
@@ -126,9 +133,10 @@ Status launch(const QgemmProblem& p) {
 
 Status dequantize(const DequantizeProblem& p) {
   const QgemmKernels& kernels = isa().qgemm;
-  const int64_t piece = std::max<int64_t>(1, kWeightsPerPiece / (kBlock * p.weight.k));
-  in_pieces(useful_threads(p.weight, p.threads), blocks(p.weight), piece, [&](int, int64_t begin, int64_t end) {
-    kernels.dequantize(p.weight, p.out, p.dtype, begin, end);
+  const QWeight& w = p.weight;
+  const int threads = useful_threads(w, p.threads);
+  in_pieces(threads, blocks(w), blocks_per_piece(w, threads), [&](int, int64_t begin, int64_t end) {
+    kernels.dequantize(w, p.out, p.dtype, begin, end);
   });
   return {};
 }

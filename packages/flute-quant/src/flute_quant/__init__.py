@@ -1,0 +1,56 @@
+"""Quantizes language-model checkpoints to lookup-table weights, without calibration data.
+
+Three entries for three situations: :func:`quantize_tensor` for one weight, :func:`quantize_model`
+for a torch module in memory, :func:`quantize_checkpoint` for a folder on disk.
+"""
+
+from flute_quant.checkpoint.compare import Comparison, compare_checkpoints, load_dequantized
+from flute_quant.checkpoint.inspect import Inspection, LayerInfo, inspect_checkpoint
+from flute_quant.checkpoint.layout import CheckpointPlan, Coverage
+from flute_quant.checkpoint.quantize import (
+    CheckpointReport,
+    Progress,
+    estimate_seconds,
+    plan_checkpoint,
+    quantize_checkpoint,
+)
+from flute_quant.codebooks import load_table
+from flute_quant.errors import CheckpointError, QuantizationError
+from flute_quant.methods import method_names, register_method, resolve_method, table_method
+from flute_quant.model import ModelReport, quantize_model
+from flute_quant.patterns import Override
+from flute_quant.plan import DEFAULT_IGNORE, PlannedLinear, QuantizationPlan, plan_modules
+from flute_quant.tensor import ErrorStats, fit_spec, quantize_tensor
+
+__all__ = [
+    "DEFAULT_IGNORE",
+    "CheckpointError",
+    "CheckpointPlan",
+    "CheckpointReport",
+    "Comparison",
+    "Coverage",
+    "ErrorStats",
+    "Inspection",
+    "LayerInfo",
+    "ModelReport",
+    "Override",
+    "PlannedLinear",
+    "Progress",
+    "QuantizationError",
+    "QuantizationPlan",
+    "compare_checkpoints",
+    "estimate_seconds",
+    "fit_spec",
+    "inspect_checkpoint",
+    "load_dequantized",
+    "load_table",
+    "method_names",
+    "plan_checkpoint",
+    "plan_modules",
+    "quantize_checkpoint",
+    "quantize_model",
+    "quantize_tensor",
+    "register_method",
+    "resolve_method",
+    "table_method",
+]

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: reading, quantizing, inspecting and comparing them."""

@@ -1,0 +1,410 @@
+"""Quantize a checkpoint on disk, file by file and tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flute_kernels import QuantSpec
+from flute_quant.checkpoint.gguf import convert_gguf, find_gguf
+from flute_quant.checkpoint.layout import CheckpointPlan, Coverage, Shard, plan_folder
+from flute_quant.checkpoint.safetensors_reader import DTYPES
+from flute_quant.checkpoint.safetensors_writer import SafetensorsWriter, file_size
+from flute_quant.checkpoint.source import INDEX_NAME, CheckpointFolder
+from flute_quant.checkpoint.workfolder import (
+    WorkFolder,
+    check_destination,
+    sync_folder,
+    write_synced,
+)
+from flute_quant.errors import QuantizationError
+from flute_quant.methods import Method, resolve_method
+from flute_quant.patterns import Override
+from flute_quant.plan import PlannedLinear
+from flute_quant.tensor import quantize_tensor
+from flute_quant.version import package_version
+
+__all__ = [
+    "REPORT_NAME",
+    "CheckpointReport",
+    "Progress",
+    "estimate_seconds",
+    "plan_checkpoint",
+    "quantize_checkpoint",
+]
+
+REPORT_NAME = "flute_report.json"
+_DEFAULT_COVERAGE = 0.5
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One more module is finished (or a whole file, taken over from an interrupted run).
+
+    Args:
+        name: the module, or the file.
+        error: its squared error relative to its energy; None for a file taken over.
+        done, total: weights quantized so far and in all.
+    """
+
+    name: str
+    error: float | None
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What :func:`quantize_checkpoint` did.
+
+    Args:
+        path: the finished folder.
+        method: name of the method.
+        errors: module name to its squared error relative to its energy.
+        notes: module name to what was changed for it, in words.
+        coverage: where the parameters went.
+        source_bytes, output_bytes: sizes of the weight files.
+        bits_per_weight: of the quantized weights, with scales and tables.
+        resumed: files taken over from an interrupted run.
+        seconds: wall-clock time.
+    """
+
+    path: Path
+    method: str
+    errors: dict[str, float]
+    notes: dict[str, str]
+    coverage: Coverage
+    source_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    resumed: int
+    seconds: float
+
+
+@contextmanager
+def plan_checkpoint(
+    src: str | Path,
+    spec: QuantSpec,
+    *,
+    method: str | Method = "default",
+    ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
+    dtype: str = "auto",
+    scale_dtype: torch.dtype = torch.float16,
+) -> Iterator[CheckpointPlan]:
+    """What :func:`quantize_checkpoint` would do, as a context; arguments and errors as there.
+
+    A GGUF file is converted into a temporary folder, which lives as long as the context.
+    """
+    gguf = find_gguf(Path(src))
+    with tempfile.TemporaryDirectory(prefix="flute-quant-") if gguf else _nothing() as scratch:
+        folder = Path(src)
+        if gguf is not None and scratch is not None:
+            folder = Path(scratch) / "converted"
+            convert_gguf(gguf, folder)
+        yield plan_folder(
+            CheckpointFolder.open(folder),
+            spec,
+            method=method,
+            ignore=ignore,
+            include=include,
+            overrides=overrides,
+            dtype=dtype,
+            scale_dtype=scale_dtype,
+        )
+
+
+def quantize_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    spec: QuantSpec | None = None,
+    *,
+    method: str | Method = "default",
+    ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
+    dtype: str = "auto",
+    scale_dtype: torch.dtype = torch.float16,
+    device: str | torch.device = "cpu",
+    min_coverage: float = _DEFAULT_COVERAGE,
+    overwrite: bool = False,
+    importance: Mapping[str, Tensor] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> CheckpointReport:
+    """Quantize a Hugging Face checkpoint folder (or a GGUF file) into another folder.
+
+    One tensor is in memory at a time. The output appears under its name when it is complete; an
+    error leaves nothing behind; a run that was killed or interrupted leaves ``.DST.partial``, from
+    which the same call resumes at the first unfinished file and gives the same bytes.
+
+    Args:
+        src: folder with ``config.json`` and safetensors, or a GGUF file (or a folder with one).
+        dst: folder to create; its parent exists.
+        spec: 4 bits in groups of 64 by default.
+        method: a name from :func:`~flute_quant.methods.method_names`, or a method.
+        ignore, include, overrides: see :func:`~flute_quant.plan.plan_modules`.
+        dtype: of the tensors that are not quantized. ``"auto"`` keeps a 16-bit model as it is and
+            casts a 32-bit model to bfloat16, ``"keep"`` casts nothing, ``"bfloat16"`` and
+            ``"float16"`` cast all floating-point parameters.
+        scale_dtype: float16 or bfloat16.
+        device: where weights are quantized.
+        min_coverage: least fraction of the parameters outside of embeddings that must be quantized.
+        overwrite: replace ``dst`` if it holds a FLUTE checkpoint.
+        importance: module name to float32 ``[K]``, what an error in an input channel costs.
+        progress: called after every module.
+        say: receives one sentence when an earlier partial output is resumed or discarded.
+
+    Raises:
+        CheckpointError: the source or the destination cannot be read or written as asked.
+        QuantizationError: the weights or options cannot be served.
+        FormatError: the spec is outside of what the format has.
+    """
+    started = time.monotonic()
+    src, dst = Path(src), Path(dst)
+    spec = spec or QuantSpec()
+    if not 0 <= min_coverage <= 1:
+        raise QuantizationError(f"min_coverage is {min_coverage}; expected a fraction from 0 to 1.")
+    device = _checked_device(device)
+    gguf = find_gguf(src)
+    check_destination(src, dst, overwrite)
+    chosen = resolve_method(method)
+    options: dict[str, Any] = {
+        "method": chosen,
+        "ignore": tuple(ignore),
+        "include": tuple(include),
+        "overrides": tuple(overrides),
+        "dtype": dtype,
+        "scale_dtype": scale_dtype,
+    }
+    # An ordinary folder is checked as far as its headers go before anything is written.
+    plan = None if gguf else plan_folder(CheckpointFolder.open(src), spec, **options)
+    if plan is not None:
+        plan.coverage.require(min_coverage)
+    fingerprint = {
+        "version": f"flute-quant {package_version()}, torch {torch.__version__}",
+        "source": _source_print(gguf) if gguf else _folder_print(plan),
+        "options": {
+            "spec": repr(spec),
+            "device": device.type,
+            **{name: repr(value) for name, value in options.items()},
+            "method": chosen.identity,
+        },
+        "importance": _importance_print(importance),
+    }
+    with WorkFolder(dst, fingerprint, say or _silent) as work:
+        if plan is None:
+            assert gguf is not None
+            converted = work.path / "converted"
+            if not converted.exists():
+                with work.disk_errors(0):
+                    convert_gguf(gguf, converted)
+            plan = plan_folder(CheckpointFolder.open(converted), spec, **options)
+            plan.coverage.require(min_coverage)
+        needed = plan.output_bytes + sum(f.stat().st_size for f in plan.folder.side_files())
+        with work.disk_errors(needed):
+            work.require_space(needed)
+            errors, resumed = _write_shards(plan, work, device, scale_dtype, importance, progress)
+            _write_side_files(plan, work, errors)
+            work.finish()
+    return CheckpointReport(
+        path=dst,
+        method=chosen.name,
+        errors=errors,
+        notes={p.name: p.note for p in plan.modules.linears if p.note},
+        coverage=plan.coverage,
+        source_bytes=plan.source_bytes,
+        output_bytes=plan.output_bytes,
+        bits_per_weight=plan.bits_per_weight,
+        resumed=resumed,
+        seconds=time.monotonic() - started,
+    )
+
+
+def estimate_seconds(plan: CheckpointPlan, device: str | torch.device = "cpu") -> float:
+    """Time that quantizing will take, reading and writing aside, from the speed on two million weights."""
+    device = _checked_device(device)
+    rows, columns = 512, 4096
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
+    specs = {p.spec for p in plan.modules.linears}
+    spec = min(specs, key=lambda s: -sum(p.weights for p in plan.modules.linears if p.spec == s))
+    quantize_tensor(weight[:32], spec, method=plan.method)
+    started = time.monotonic()
+    quantize_tensor(weight, spec, method=plan.method)
+    return (time.monotonic() - started) * plan.weights / (rows * columns)
+
+
+def _write_shards(
+    plan: CheckpointPlan,
+    work: WorkFolder,
+    device: torch.device,
+    scale_dtype: torch.dtype,
+    importance: Mapping[str, Tensor] | None,
+    progress: Callable[[Progress], None] | None,
+) -> tuple[dict[str, float], int]:
+    errors: dict[str, float] = {}
+    done = resumed = 0
+
+    def tell(name: str, error: float | None, weights: int) -> None:
+        nonlocal done
+        done += weights
+        if progress is not None:
+            progress(Progress(name, error, done, plan.weights))
+
+    for shard in plan.shards:
+        finished = work.report_of(shard.file)
+        path = work.out / shard.file
+        if finished is not None and path.stat().st_size == file_size(shard.slots):
+            errors |= finished
+            resumed += 1
+            tell(shard.file, None, sum(p.weights for p in shard.linears.values()))
+            continue
+        report: dict[str, float] = {}
+        with SafetensorsWriter(path, shard.slots) as writer:
+            for tensor, planned in shard.linears.items():
+                error = _write_linear(plan, shard, tensor, planned, writer, device, scale_dtype, importance)
+                report[planned.name] = error
+                tell(planned.name, error, planned.weights)
+            for tensor, dtype in shard.passed.items():
+                _pass_tensor(plan, shard, tensor, dtype, writer)
+            work.note_report(shard.file, report)
+        sync_folder(work.out)
+        errors |= report
+    order = [p.name for p in plan.modules.linears]
+    return {name: errors[name] for name in order}, resumed
+
+
+def _write_linear(
+    plan: CheckpointPlan,
+    shard: Shard,
+    tensor: str,
+    planned: PlannedLinear,
+    writer: SafetensorsWriter,
+    device: torch.device,
+    scale_dtype: torch.dtype,
+    importance: Mapping[str, Tensor] | None,
+) -> float:
+    linear, error = quantize_tensor(
+        plan.folder.files[shard.file].read(tensor).to(device),
+        planned.spec,
+        method=plan.method,
+        name=tensor,
+        scale_dtype=scale_dtype,
+        importance=None if importance is None else importance.get(planned.name),
+    )
+    for name, value in linear.to_tensors(tensor.removesuffix("weight")).items():
+        writer.write(name, value)
+    # Rounded, so that the order in which threads add never shows in a file.
+    return float(f"{error.relative:.6g}")
+
+
+def _pass_tensor(
+    plan: CheckpointPlan, shard: Shard, tensor: str, dtype: str, writer: SafetensorsWriter
+) -> None:
+    """Copy or cast a tensor block by block; a value that is not finite, or no longer is, is refused."""
+    file = plan.folder.files[shard.file]
+    stored = file.tensors[tensor]
+    if not stored.is_float or tensor in shard.buffers:
+        writer.write_blocks(tensor, file.blocks(tensor))
+        return
+
+    def blocks() -> Iterator[bytes | memoryview]:
+        for block in file.blocks(tensor):
+            values = torch.frombuffer(bytearray(block), dtype=DTYPES[stored.dtype])
+            cast = values.to(DTYPES[dtype])
+            if not bool(torch.isfinite(cast).all()):
+                bad = int((~torch.isfinite(cast)).sum())
+                where = "" if bool(torch.isfinite(values).all()) else " in the source already"
+                raise QuantizationError(
+                    f"{tensor} has {bad} of {stored.numel} values that are NaN or infinite "
+                    f"as {dtype}{where}; expected none."
+                )
+            yield cast.view(torch.uint8).numpy().data
+
+    writer.write_blocks(tensor, blocks())
+
+
+def _write_side_files(plan: CheckpointPlan, work: WorkFolder, errors: dict[str, float]) -> None:
+    for file in plan.folder.side_files():
+        shutil.copyfile(file, work.out / file.name)
+    if plan.folder.sharded:
+        weight_map = {s.name: shard.file for shard in plan.shards for s in shard.slots}
+        total = sum(s.nbytes for shard in plan.shards for s in shard.slots)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_synced(work.out / INDEX_NAME, _json(index))
+    coverage = plan.coverage
+    report = {
+        "flute_quant": package_version(),
+        "method": plan.method.name,
+        "coverage": round(coverage.fraction, 6),
+        "not_covered": [{"tensors": p, "count": c, "parameters": n} for p, c, n in coverage.not_covered],
+        "kept": coverage.kept,
+        "layers": {
+            p.name: {"relative_squared_error": errors[p.name], **({"note": p.note} if p.note else {})}
+            for p in plan.modules.linears
+        },
+    }
+    write_synced(work.out / REPORT_NAME, _json(report))
+    write_synced(work.out / "config.json", _json(plan.config))
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise QuantizationError(f"device is {device!r}; supported are cpu and cuda.") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise QuantizationError(f"device is {device!r}; supported are cpu and cuda.")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise QuantizationError(
+            f"device is {str(device)!r}, but torch {torch.__version__} finds no CUDA GPU."
+        )
+    return chosen
+
+
+def _source_print(file: Path) -> list[Any]:
+    status = file.stat()
+    return [[file.name, status.st_size, status.st_mtime_ns]]
+
+
+def _folder_print(plan: CheckpointPlan | None) -> list[Any]:
+    assert plan is not None
+    prints: list[Any] = []
+    for name, file in sorted(plan.folder.files.items()):
+        prints.append([*_source_print(file.path)[0][1:], name, file.header_sha256])
+    for side in [plan.folder.path / "config.json", *plan.folder.side_files()]:
+        prints.append([*_source_print(side)[0]])
+    return prints
+
+
+def _importance_print(importance: Mapping[str, Tensor] | None) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted((importance or {}).items()):
+        digest.update(name.encode())
+        digest.update(values.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield None
+
+
+def _silent(message: str) -> None:
+    return None

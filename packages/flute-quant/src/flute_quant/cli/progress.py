@@ -1,0 +1,84 @@
+"""Progress of a long run: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from flute_quant.checkpoint.quantize import Progress
+from flute_quant.cli.text import duration
+
+__all__ = ["ProgressView"]
+
+_LINE_EVERY = 10.0  # seconds
+
+
+class ProgressView:
+    """Shows layer name, error and remaining time on standard error."""
+
+    def __init__(self, what: str) -> None:
+        self._console = Console(stderr=True)
+        self._last = time.monotonic()
+        # Time and progress at the first event: what came before (loading, converting) tells no speed.
+        self._base: tuple[float, int] | None = None
+        self._bar: Bar | None = None
+        if self._console.is_terminal:
+            self._bar = Bar(
+                TextColumn("{task.percentage:3.0f}%"),
+                BarColumn(bar_width=30),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(what, total=None)
+
+    def __enter__(self) -> ProgressView:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """One sentence that stays on the screen."""
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def quantized(self, event: Progress) -> None:
+        """A module is finished."""
+        if event.error is None:
+            self._base = None  # files taken over took no time
+            label = f"{event.name} was finished before"
+        else:
+            label = f"{event.name}  error {event.error:.4f}"
+        self.step(label, event.done, event.total)
+
+    def step(self, label: str, done: int, total: int) -> None:
+        """``done`` of ``total`` are finished."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, description=label.replace("[", r"\["))
+            return
+        now = time.monotonic()
+        if self._base is None:
+            self._base = (now, done)
+        if now - self._last < _LINE_EVERY and done < total:
+            return
+        self._last = now
+        since, before = self._base
+        left = (
+            f"  {duration((now - since) * (total - done) / (done - before))} left"
+            if before < done < total
+            else ""
+        )
+        print(f"{done / total:4.0%}  {label}{left}", file=sys.stderr, flush=True)

@@ -1,0 +1,185 @@
+"""``flute-quant quantize``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flute_kernels import QuantSpec
+from flute_quant.checkpoint.layout import DTYPE_OPTIONS, Coverage
+from flute_quant.checkpoint.quantize import (
+    CheckpointReport,
+    estimate_seconds,
+    plan_checkpoint,
+    quantize_checkpoint,
+)
+from flute_quant.checkpoint.workfolder import partial_path
+from flute_quant.cli.progress import ProgressView
+from flute_quant.cli.text import counted, duration, size
+from flute_quant.codebooks import load_table
+from flute_quant.methods import ALIASES, method_names, methods, table_method
+from flute_quant.patterns import parse_override
+
+__all__ = ["add_parser"]
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's arguments."""
+    known = "\n".join(f"  {name:12} {method.summary}" for name, method in methods().items())
+    alias = "\n".join(f"  {name:12} {target}" for name, target in ALIASES.items())
+    p = commands.add_parser(
+        "quantize",
+        help="quantize a checkpoint folder",
+        description="Quantize a Hugging Face checkpoint folder (or a GGUF file) into a new folder.",
+        epilog=f"methods:\n{alias}\n{known}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "src", metavar="SRC", type=Path, help="folder with config.json and safetensors, or a GGUF file"
+    )
+    p.add_argument("dst", metavar="DST", type=Path, help="folder to create")
+    p.add_argument("--bits", type=int, default=4, help="bits per weight: 2, 3 or 4 (default 4)")
+    p.add_argument(
+        "--group-size",
+        type=int,
+        default=64,
+        help="weights that share a scale: 32, 64, 128, 256, -1 for a row (default 64)",
+    )
+    p.add_argument("--vector-size", type=int, default=1, help="weights that share a code: 1 or 2 (default 1)")
+    p.add_argument(
+        "--hadamard",
+        type=int,
+        default=0,
+        metavar="BLOCK",
+        help="rotate inputs in blocks of this power of two",
+    )
+    p.add_argument(
+        "--hadamard-seed", type=int, default=0, metavar="SEED", help="seed of the rotation's signs"
+    )
+    p.add_argument("--method", default="default", metavar="NAME", help="one of: " + ", ".join(method_names()))
+    p.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="your own table (.json or .safetensors) instead of a method's",
+    )
+    p.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="PATTERN=bits:3,group_size:32",
+        help="another spec for modules that match; may be repeated",
+    )
+    p.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave modules in 16 bits; may be repeated",
+    )
+    p.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="quantize heads or routers after all; may be repeated",
+    )
+    p.add_argument(
+        "--dtype",
+        default="auto",
+        choices=DTYPE_OPTIONS,
+        help="of tensors that are not quantized (auto: 32 bits become bfloat16)",
+    )
+    p.add_argument("--scale-dtype", default="float16", choices=("float16", "bfloat16"))
+    p.add_argument("--device", default="cpu", help="where to quantize: cpu or cuda (default cpu)")
+    p.add_argument(
+        "--min-coverage",
+        type=float,
+        default=0.5,
+        metavar="F",
+        help="least fraction of the parameters outside of embeddings to be quantized (default 0.5)",
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace DST if it holds a FLUTE checkpoint")
+    p.add_argument("--dry-run", action="store_true", help="print sizes and a time estimate, write nothing")
+    p.set_defaults(run=_run, interrupted=_interrupted)
+
+
+def _run(options: argparse.Namespace) -> int:
+    spec = QuantSpec(
+        options.bits, options.group_size, options.vector_size, options.hadamard, options.hadamard_seed
+    )
+    choices: dict[str, Any] = {
+        "method": table_method(load_table(options.table)) if options.table else options.method,
+        "ignore": options.ignore,
+        "include": options.include,
+        "overrides": [parse_override(text) for text in options.override],
+        "dtype": options.dtype,
+        "scale_dtype": getattr(torch, options.scale_dtype),
+    }
+    if options.dry_run:
+        with plan_checkpoint(options.src, spec, **choices) as plan:
+            plan.coverage.require(options.min_coverage)
+            seconds = estimate_seconds(plan, options.device)
+            _print_notes({p.name: p.note for p in plan.modules.linears if p.note}, plan.coverage)
+            print(
+                f"Would write {size(plan.output_bytes)} ({size(plan.source_bytes)} before), "
+                f"{plan.bits_per_weight:.3f} bits a quantized weight with scales and tables, "
+                f"{counted(len(plan.modules.linears), 'linear')}, method {plan.method.name}, "
+                f"estimated time {duration(seconds)}."
+            )
+        return 0
+    with ProgressView("reading") as view:
+        report = quantize_checkpoint(
+            options.src,
+            options.dst,
+            spec,
+            **choices,
+            device=options.device,
+            min_coverage=options.min_coverage,
+            overwrite=options.overwrite,
+            progress=view.quantized,
+            say=view.say,
+        )
+    _print_report(report)
+    return 0
+
+
+def _print_report(report: CheckpointReport) -> None:
+    _print_notes(report.notes, report.coverage)
+    worst = max(report.errors, key=lambda name: report.errors[name])
+    print(
+        f"Wrote {report.path}: {size(report.output_bytes)} ({size(report.source_bytes)} before), "
+        f"{report.bits_per_weight:.3f} bits a quantized weight with scales and tables, "
+        f"{counted(len(report.errors), 'linear')}, method {report.method}, in {duration(report.seconds)}."
+    )
+    mean = sum(report.errors.values()) / len(report.errors)
+    print(f"Relative squared error: {mean:.4f} in the mean, {report.errors[worst]:.4f} at most ({worst}).")
+
+
+def _print_notes(notes: dict[str, str], coverage: Coverage) -> None:
+    changes: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        changes.setdefault(note, []).append(name)
+    for note, names in changes.items():
+        print(f"{counted(len(names), 'linear')} with {note} (such as {names[0]}).")
+    reasons: dict[str, list[str]] = {}
+    for name, why in coverage.kept.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        print(f"{counted(len(names), 'linear')} left in 16 bits, {why} (such as {names[0]}).")
+    for pattern, count, parameters in coverage.not_covered:
+        print(f"Not covered: {parameters:,} parameters in {counted(count, 'tensor')} {pattern}.")
+    print(
+        f"Quantized {coverage.quantized:,} of {coverage.total:,} parameters, "
+        f"{coverage.fraction:.1%} of those outside of embeddings."
+    )
+
+
+def _interrupted(options: argparse.Namespace) -> str:
+    partial = partial_path(options.dst)
+    if partial.exists():
+        return f"Interrupted; {options.dst} was not written, and the same command resumes from {partial}."
+    return f"Interrupted; {options.dst} was not written."

@@ -1,0 +1,30 @@
+"""Quantization methods: how codes, scales and tables are chosen for a weight."""
+
+from flute_quant.methods.base import Encoded, Method, WeightRows
+from flute_quant.methods.registry import (
+    ALIASES,
+    method_names,
+    methods,
+    register_method,
+    resolve_method,
+    table_method,
+)
+from flute_quant.methods.scales import AbsMax, Loss, Search
+from flute_quant.methods.table_method import LearnedTable, TableMethod
+
+__all__ = [
+    "ALIASES",
+    "AbsMax",
+    "Encoded",
+    "LearnedTable",
+    "Loss",
+    "Method",
+    "Search",
+    "TableMethod",
+    "WeightRows",
+    "method_names",
+    "methods",
+    "register_method",
+    "resolve_method",
+    "table_method",
+]

@@ -1,0 +1,128 @@
+"""The methods by name. To add one: write it in a line here; to change the default: re-point ``ALIASES``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from flute_kernels import QuantSpec
+from flute_quant.codebooks import (
+    check_table,
+    float_table,
+    int_table,
+    lloyd_max_table,
+    lloyd_pairs_table,
+    normalfloat_table,
+    table_values,
+)
+from flute_quant.errors import QuantizationError
+from flute_quant.methods.base import Method
+from flute_quant.methods.scales import AbsMax, Loss, Search
+from flute_quant.methods.table_method import LearnedTable, TableMethod, TableSource
+
+__all__ = ["ALIASES", "method_names", "methods", "register_method", "resolve_method", "table_method"]
+
+
+def _lloyd_pairs(spec: QuantSpec) -> Any:
+    if spec.vector_size != 2:
+        raise QuantizationError(f"lloyd-pairs needs vectors of 2; vector_size is {spec.vector_size}.")
+    return lloyd_pairs_table(spec.bits)
+
+
+def _scalar(make: Any) -> TableSource:
+    def table(spec: QuantSpec) -> Any:
+        return make(spec.bits)
+
+    return table
+
+
+_NORMALFLOAT = _scalar(normalfloat_table)
+_LLOYD = _scalar(lloyd_max_table)
+
+_METHODS: dict[str, Method] = {}
+for _method in (
+    TableMethod("nf", "NormalFloat, scaled by the largest weight of a group", _NORMALFLOAT, AbsMax()),
+    TableMethod(
+        "nf-search", "NormalFloat, signed scale of least squared error", _NORMALFLOAT, Search(signed=True)
+    ),
+    TableMethod(
+        "nf-keep",
+        "NormalFloat, signed scale, errors weighted by the weight's magnitude",
+        _NORMALFLOAT,
+        Search(Loss(keep=1.0), signed=True),
+    ),
+    TableMethod("lloyd", "Gaussian Lloyd-Max table, scale of least squared error", _LLOYD, Search()),
+    TableMethod(
+        "lloyd-pairs",
+        "2-D Gaussian table of pairs (vector size 2), scale of least squared error",
+        _lloyd_pairs,
+        Search(),
+    ),
+    TableMethod(
+        "learned",
+        "a table fitted to each tensor, scale of least squared error",
+        LearnedTable(_LLOYD),
+        Search(),
+    ),
+    TableMethod(
+        "int", "integers, signed scale of least squared error", _scalar(int_table), Search(signed=True)
+    ),
+    TableMethod(
+        "fp", "e2m1 floats (e2m0 at 3 bits), scale of least squared error", _scalar(float_table), Search()
+    ),
+):
+    _METHODS[_method.name] = _method
+
+ALIASES = {"default": "nf"}
+"""Names that stand for another; checkpoints record the name that they stood for."""
+
+
+def methods() -> dict[str, Method]:
+    """All methods by their own name."""
+    return dict(_METHODS)
+
+
+def method_names() -> list[str]:
+    """What ``method=`` and ``--method`` take."""
+    return [*ALIASES, *_METHODS]
+
+
+def register_method(method: Method) -> None:
+    """Add a method, or replace the one of the same name."""
+    _METHODS[method.name] = method
+
+
+def resolve_method(method: str | Method) -> Method:
+    """A method by name or alias; a method itself is given back.
+
+    Raises:
+        QuantizationError: no method has that name.
+    """
+    if not isinstance(method, str):
+        return method
+    name = ALIASES.get(method, method)
+    if name not in _METHODS:
+        raise QuantizationError(f"The method {method!r} is unknown; there are {', '.join(method_names())}.")
+    return _METHODS[name]
+
+
+def table_method(table: Any, *, scales: AbsMax | Search | None = None, name: str = "table") -> TableMethod:
+    """A method from the user's own table (numbers, a tensor, or :func:`~flute_quant.codebooks.load_table`).
+
+    Args:
+        table: ``[2**bits]`` scalars or ``[2**(2 * bits), 2]`` pairs; kept as given, in float16 where
+            that is exact and in float32 otherwise.
+        scales: how scales are chosen, by default the search of least squared error.
+        name: what the checkpoint's config calls it.
+
+    Raises:
+        QuantizationError: not numbers; or later, when it meets a spec that the table does not fit.
+    """
+    values = table_values(table)
+
+    def source(spec: QuantSpec) -> Any:
+        return check_table(values, spec)
+
+    key = hashlib.sha256(json.dumps(values.tolist()).encode()).hexdigest()
+    return TableMethod(name, "a table of the user", source, scales or Search(), exact=True, table_key=key)

@@ -1,0 +1,161 @@
+"""Which modules of a model are quantized, how, and why the others are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from flute_kernels import FormatError, QuantizationConfig, QuantSpec
+from flute_quant.errors import QuantizationError
+from flute_quant.patterns import Override, check_patterns, matches, spec_for
+from flute_quant.tensor import fit_spec
+
+__all__ = ["DEFAULT_IGNORE", "PlannedLinear", "QuantizationPlan", "plan_modules"]
+
+DEFAULT_IGNORE = (
+    "lm_head",
+    "embed_out",
+    "output_projection",
+    "score",
+    "classifier",
+    "gate",  # an MoE router; an MLP's gate is called gate_proj
+    "router",
+    "router.*",
+    "shared_expert_gate",
+)
+"""Patterns of linear modules that stay in 16 bits unless ``include`` names them: heads and routers."""
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """One linear module that will be quantized.
+
+    Args:
+        name: as in the model.
+        out_features, in_features: shape of its weight ``[N, K]``.
+        spec: what its shape allows of what was asked for.
+        note: what was changed, in words, or None.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    spec: QuantSpec
+    note: str | None = None
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """What happens to the linear modules of a model.
+
+    Args:
+        spec: how a module is quantized unless its own entry differs.
+        linears: modules to quantize, in the model's order.
+        kept: modules left in 16 bits, to the reason.
+    """
+
+    spec: QuantSpec
+    linears: tuple[PlannedLinear, ...]
+    kept: dict[str, str]
+
+    def config(self, method: str) -> QuantizationConfig:
+        """The ``quantization_config`` of a checkpoint made by this plan."""
+        overrides = {p.name: p.spec for p in self.linears if p.spec != self.spec}
+        return QuantizationConfig(self.spec, tuple(self.kept), overrides, method)
+
+
+def plan_modules(
+    model: nn.Module,
+    spec: QuantSpec,
+    *,
+    ignore: Sequence[str] = (),
+    include: Sequence[str] = (),
+    overrides: Sequence[Override] = (),
+) -> QuantizationPlan:
+    """Decide for every ``nn.Linear`` of a model; works on the meta device.
+
+    Args:
+        model: any module; with ``get_output_embeddings`` its head is found by that, too.
+        spec: the default.
+        ignore: patterns of modules to leave in 16 bits, see :func:`~flute_quant.patterns.matches`.
+        include: patterns that win over :data:`DEFAULT_IGNORE` (not over ``ignore``).
+        overrides: other specs for some modules; the last that matches wins.
+
+    Raises:
+        QuantizationError: a pattern that matches nothing, an override that the format lacks, a tied
+            weight named by ``include``, or nothing left to quantize.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        # Attention reads this subclass's weight itself instead of calling the module.
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    }
+    names = list(linears)
+    for option, patterns in (("ignore", ignore), ("include", include)):
+        check_patterns(patterns, names, option)
+    check_patterns([o.pattern for o in overrides], names, "override")
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    heads = _output_heads(model)
+    tied_names = _tied_names(model)
+    planned, kept = [], {}
+    for name, module in linears.items():
+        included = any(matches(name, p) for p in include)
+        tied = id(module.weight) in embeddings or f"{name}.weight" in tied_names
+        if any(matches(name, p) for p in ignore):
+            kept[name] = "ignored as asked"
+        elif tied and included:
+            raise QuantizationError(
+                f"include names {name}, whose {module.weight.numel()} weights are tied to the embedding, "
+                "which stays in 16 bits."
+            )
+        elif tied:
+            kept[name] = "tied to the embedding"
+        elif not included and (module in heads or any(matches(name, p) for p in DEFAULT_IGNORE)):
+            kept[name] = "a head or a router"
+        else:
+            n, k = module.weight.shape
+            try:
+                wanted = spec_for(name, spec, overrides)
+            except FormatError as error:
+                raise QuantizationError(f"The override for {name}: {error}") from None
+            try:
+                fitting, note = fit_spec(wanted, k)
+            except QuantizationError as error:
+                kept[name] = str(error).rstrip(".")
+                continue
+            planned.append(PlannedLinear(name, n, k, fitting, note))
+    if not planned:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
+        raise QuantizationError(
+            f"{type(model).__name__} has {len(linears)} linear modules and none of them is to be quantized"
+            + (f" ({reasons})." if reasons else "; other layer types, such as Conv1D, are not supported.")
+        )
+    return QuantizationPlan(spec, tuple(planned), kept)
+
+
+def _output_heads(model: nn.Module) -> list[nn.Module]:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # Transformers classes without a head
+        head = None
+    return [head] if isinstance(head, nn.Module) else []
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Weights that Transformers will tie on loading: on the meta device they are still separate."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if not getattr(text, "tie_word_embeddings", getattr(config, "tie_word_embeddings", False)):
+        return set()
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    return {name for name, _ in model.named_parameters(remove_duplicate=False) if name in set(keys)}
