@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+import torch
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -45,6 +46,17 @@ def test_round_trip_through_transformers() -> None:
     assert config != FluteConfig(bits=2)
 
 
+def test_importance_is_an_option_of_quantizing_that_is_stored_by_name_only() -> None:
+    assert FluteConfig().importance == "auto"
+    assert "importance" not in FluteConfig().to_dict()
+    named = FluteConfig(importance="none")
+    assert FluteConfig.from_dict(named.to_dict()) == named != FluteConfig()
+    given = FluteConfig(importance={"a": torch.ones(32)})
+    assert json.loads(given.to_json_string()) == FluteConfig().to_dict()
+    assert given == given
+    assert given != FluteConfig()
+
+
 def test_keys_of_a_later_release_are_left_alone() -> None:
     assert FluteConfig.from_dict({**FluteConfig().to_dict(), "colour": "red"}) == FluteConfig()
 
@@ -70,6 +82,8 @@ def test_single_fields_can_be_updated() -> None:
         ),
         ({"overrides": {"a": {"bit": 3}}}, "overrides['a'] has unknown keys ['bit']"),
         ({"overrides": {"a": 3}}, "overrides['a'] is 3; expected an object."),
+        ({"importance": "text"}, "importance is 'text'; expected one of auto, random, columns, none"),
+        ({"importance": 3}, "importance is 3; expected one of auto"),
         ({"format_version": 2}, "format_version is 2; this release reads 1."),
         ({"quant_method": "awq"}, "quant_method is 'awq'; expected 'flute'."),
     ],

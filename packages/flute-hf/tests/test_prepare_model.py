@@ -55,6 +55,24 @@ def test_replaces_linear_layers_in_place(net: Net) -> None:
     torch.testing.assert_close(found, net(tokens), rtol=1e-4, atol=1e-4)
 
 
+def test_channels_of_a_module_that_takes_no_tokens_are_guessed_and_that_is_said(
+    net: Net, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Net()
+    other.load_state_dict(net.state_dict())
+    prepare_model(net)
+    (record,) = [r for r in caplog.records if r.name == "flute_hf"]
+    assert record.getMessage() == (
+        "The importance of input channels was guessed from the weights' columns, because random tokens "
+        "could not be run through the model: Net is no Transformers model with a token embedding."
+    )
+    caplog.clear()
+    prepare_model(other, importance="columns")
+    assert not caplog.records
+    assert torch.equal(net.up.qweight, other.up.qweight)
+    assert torch.equal(net.up.scales, other.up.scales)
+
+
 def test_fake_keeps_linear_layers_with_the_quantized_values(net: Net) -> None:
     other = Net()
     other.load_state_dict(net.state_dict())

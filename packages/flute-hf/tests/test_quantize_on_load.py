@@ -5,17 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 import flute_hf
 from flute_hf import FluteConfig
+from flute_hf.quantizer import first_gpu
 from flute_kernels import QuantSpec
+from flute_quant import QuantizationError, quantize_checkpoint
 
-from .helpers import FAMILIES, flute_layers, load, logits, quantized, twin
+from .helpers import FAMILIES, flute_layers, load, logits, quantized, tensors_of, twin
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,6 +101,63 @@ def test_layers_can_be_left_out_and_treated_differently(llama: Path) -> None:
     }
     kept = model.config.quantization_config.modules_to_not_convert
     assert sorted(kept) == ["lm_head", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification], ids=["base", "classifier"])
+def test_a_part_of_the_model_or_another_head_gets_the_same_weights(kind: Any, llama: Path) -> None:
+    whole = flute_layers(quantized(llama))
+    part = flute_layers(kind.from_pretrained(llama, quantization_config=FluteConfig()))
+    assert len(part) == len(whole) == 14
+    for name, layer in part.items():
+        same = whole[name if name in whole else f"model.{name}"]
+        assert torch.equal(layer.qweight, same.qweight)
+        assert torch.equal(layer.scales, same.scales)
+
+
+def test_importance_is_an_option(llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    given = {name: torch.linspace(0, 4, 128)}
+    scales = {}
+    for label, option in (("auto", "auto"), ("random", "random"), ("none", "none"), ("given", given)):
+        model = quantized(llama, importance=option)
+        scales[label] = flute_layers(model)[name].scales
+        quantize_checkpoint(llama, tmp_path / label, importance=option)  # type: ignore[arg-type]
+        assert torch.equal(scales[label], tensors_of(tmp_path / label)[f"{name}.scales"])
+    assert torch.equal(scales["auto"], scales["random"])
+    assert not torch.equal(scales["auto"], scales["none"])
+    assert not torch.equal(scales["given"], scales["none"])
+    assert not caplog.records
+    with pytest.raises(QuantizationError, match="1 modules, such as up, and none of the 14 modules"):
+        quantized(llama, importance={"up": torch.ones(128)})
+
+
+def test_without_a_checkpoint_folder_channels_are_guessed_and_that_is_said(
+    llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load(llama)
+    model = LlamaForCausalLM.from_pretrained(
+        None, config=plain.config, state_dict=plain.state_dict(), quantization_config=FluteConfig()
+    )
+    messages = [r.getMessage() for r in caplog.records if r.name == "flute_hf"]
+    assert messages == [
+        "The importance of input channels was guessed from the weights' columns, because random tokens "
+        "could not be run through the model: the weights are in 0 folders, not in one."
+    ]
+    columns = flute_layers(quantized(llama, importance="columns"))
+    for name, layer in flute_layers(model).items():
+        assert torch.equal(layer.qweight, columns[name].qweight)
+
+
+def test_random_tokens_run_where_the_model_will() -> None:
+    for device_map, device in (
+        ({"": 0}, "cuda:0"),
+        ({"model.embed_tokens": "cpu", "model.layers.0": 1, "model.layers.1": 2}, "cuda:1"),
+        ({"": torch.device("cuda", 3)}, "cuda:3"),
+        ({"": "cpu"}, "cpu"),
+        ({"": "disk"}, "cpu"),
+        (None, "cpu"),
+    ):
+        assert str(first_gpu(device_map)) == device
 
 
 def test_the_users_config_is_left_alone(llama: Path) -> None:

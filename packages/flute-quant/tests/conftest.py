@@ -19,7 +19,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "vocab_size": 128,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 64,  # the length of the random tokens that importance is measured with
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -30,6 +30,10 @@ WORDS = [f"w{i}" for i in range(124)]
 def _save(config: transformers.PretrainedConfig, folder: Path, dtype: torch.dtype, shard: str) -> Path:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all ones otherwise, so that nothing would show that they are forgotten
+                parameter.add_(torch.rand_like(parameter))
     model.save_pretrained(folder, max_shard_size=shard)
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{w: i + 4 for i, w in enumerate(WORDS)}}
     model_part = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
@@ -61,6 +65,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         ),
         "llama-sharded": lambda: (transformers.LlamaConfig(**llama), torch.float32, "60KB"),
         "qwen2": lambda: (transformers.Qwen2Config(**llama), torch.bfloat16, "5GB"),
+        "qwen3": lambda: (transformers.Qwen3Config(**llama), torch.bfloat16, "5GB"),
+        "gemma2": lambda: (transformers.Gemma2Config(**SMALL), torch.float32, "5GB"),
+        "mamba": lambda: (
+            transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=8),
+            torch.float32,
+            "5GB",
+        ),
         "gemma3": lambda: (transformers.Gemma3TextConfig(**SMALL), torch.bfloat16, "5GB"),
         "odd-k": lambda: (
             transformers.LlamaConfig(**{**llama, "intermediate_size": 100}),
@@ -73,7 +84,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
             "5GB",
         ),
         "qwen3-moe": lambda: (
-            transformers.Qwen3MoeConfig(**llama, num_experts=4, moe_intermediate_size=32),
+            transformers.Qwen3MoeConfig(
+                **llama, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+            ),
             torch.bfloat16,
             "5GB",
         ),

@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from flute_kernels import QuantSpec
-from flute_quant import QuantizationError, compare_checkpoints, inspect_checkpoint, quantize_checkpoint
+from flute_quant import (
+    QuantizationError,
+    compare_checkpoints,
+    inspect_checkpoint,
+    plan_modules,
+    quantize_checkpoint,
+    random_token_importance,
+)
 from flute_quant.cli import main
 from flute_quant.cli.text import duration, size
 
@@ -114,6 +122,8 @@ def test_a_table_from_a_file(
         (["--ignore", "nothing"], "matches none"),
         (["--min-coverage", "7"], "min_coverage is 7"),
         (["--device", "tpu"], "device is 'tpu'"),
+        (["--importance", "text"], "importance is 'text'"),
+        (["--importance", "/nowhere.safetensors"], "importance cannot be read: /nowhere.safetensors"),
         (["--table", "/nowhere.json"], "No such file"),
     ],
 )
@@ -155,6 +165,29 @@ def test_the_module_runs_as_a_program() -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("flute-quant ")
+
+
+def test_importance_on_the_command_line(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoints("llama")
+    code, out, err = run(capsys, "quantize", source, tmp_path / "auto")
+    assert code == 0
+    assert "method signed weighted by random tokens" in out
+    assert "measuring input channels" in err
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    plan = plan_modules(model, QuantSpec())
+    measured = random_token_importance(model, {p.name: p.spec for p in plan.linears})
+    save_file(measured, tmp_path / "measured.safetensors")
+    run(capsys, "quantize", source, tmp_path / "file", "--importance", tmp_path / "measured.safetensors")
+    run(capsys, "quantize", source, tmp_path / "none", "--importance", "none")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("auto", "file", "none")]
+    assert weights[0] == weights[1] != weights[2]
+    sources = [
+        json.loads((tmp_path / name / "flute_report.json").read_text())["importance"]
+        for name in ("auto", "file", "none")
+    ]
+    assert sources == [{"source": s, "note": None} for s in ("random tokens", "given", "none")]
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from flute_kernels import QuantSpec
 from flute_quant import Override, QuantizationError, plan_modules, quantize_model
-from flute_quant.patterns import matches, parse_override
+from flute_quant.patterns import has_part, matches, parse_override
 
 
 class Block(nn.Module):
@@ -50,6 +51,14 @@ def test_patterns_are_shell_patterns_or_the_last_parts_of_a_name(
     assert matches(name, pattern) is expected
 
 
+def test_a_part_of_a_name_is_one_component_or_some_in_a_row() -> None:
+    name = "model.layers.0.mlp.gate.weight"
+    assert all(has_part(name, [part]) for part in ("gate", "mlp.gate", "gate.weight", "model", "weight"))
+    assert not any(has_part(name, [part]) for part in ("gat", "lp.gate", "mlp.weight", "layers.1"))
+    assert has_part(name, ["other", "mlp"])
+    assert not has_part(name, [])
+
+
 def test_every_linear_is_planned_or_kept_with_a_reason() -> None:
     with torch.device("meta"):
         plan = plan_modules(Model(), QuantSpec(4, 64))
@@ -81,6 +90,19 @@ def test_include_wins_over_the_defaults_and_ignore_over_include() -> None:
     plan = plan_modules(Model(), QuantSpec(), include=["lm_head"], ignore=["lm_head", "layers.0.*"])
     assert [p.name for p in plan.linears] == ["layers.1.q_proj", "layers.1.down_proj"]
     assert plan.kept["lm_head"] == "ignored as asked"
+
+
+def test_what_a_model_loads_in_32_bits_is_not_quantized_unless_it_is_included() -> None:
+    config = transformers.T5Config(d_model=64, d_ff=128, num_layers=1, num_heads=2, d_kv=32, vocab_size=64)
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(config)
+    plan = plan_modules(model, QuantSpec())
+    inner = [f"{side}.block.0.layer.{n}.DenseReluDense.wo" for side, n in (("encoder", 1), ("decoder", 2))]
+    assert {name for name, why in plan.kept.items() if why == "too sensitive, as its model says"} == set(
+        inner
+    )
+    assert "encoder.block.0.layer.1.DenseReluDense.wi" in [p.name for p in plan.linears]
+    assert set(inner) <= {p.name for p in plan_modules(model, QuantSpec(), include=["wo"]).linears}
 
 
 def test_a_tied_head_stays_with_its_embedding() -> None:

@@ -173,7 +173,7 @@ def test_shapes_and_options_outside_of_the_format_are_refused() -> None:
     ):
         with pytest.raises(QuantizationError, match=said):
             quantize_tensor(bad, QuantSpec())
-    with pytest.raises(QuantizationError, match="'magic' is unknown; there are default, nf"):
+    with pytest.raises(QuantizationError, match="'magic' is unknown; there are default, signed, nf"):
         quantize_tensor(gaussian(4, 64), QuantSpec(), method="magic")
     with pytest.raises(QuantizationError, match="vector_size is 1"):
         quantize_tensor(gaussian(4, 64), QuantSpec(), method="lloyd-pairs")
@@ -289,3 +289,80 @@ def test_aliases_resolve_to_the_name_that_is_recorded() -> None:
     assert isinstance(
         resolve_method(TableMethod("own", "", lambda spec: torch.ones(4), AbsMax())), TableMethod
     )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_signed_finds_the_scale_that_a_plain_search_finds(bits: int) -> None:
+    """The tabulated search against every candidate tried exactly, with the importance of channels."""
+    weight = gaussian(64, 128)
+    importance = torch.rand(128, generator=torch.Generator().manual_seed(1)) + 0.05
+    linear, _ = quantize_tensor(weight, QuantSpec(bits, 64), method="signed", importance=importance)
+    groups = weight.view(-1, 64)
+    cost_of = (
+        importance.view(2, 64).repeat(64, 1) * (groups.abs() / groups.abs().amax(1, keepdim=True)).sqrt()
+    )
+
+    def cost(values: torch.Tensor) -> torch.Tensor:
+        return (cost_of * (groups - values).square()).sum(1)
+
+    table = linear.codebook[0, :, 0].float()
+    best = torch.full((len(groups),), math.inf)
+    for factor in 2 ** (torch.arange(-21, 4) / 24):
+        for sign in (-1, 1):
+            scale = (sign * factor * groups.abs().amax(1, keepdim=True)).half().float()
+            best = torch.minimum(
+                best, cost(scale * table[(groups / scale - table[:, None, None]).abs().argmin(0)])
+            )
+    found = cost(linear.dequantize().view(-1, 64))
+    # Values in 2,048 bins make the search's costs inexact: of nearly equal candidates it may miss the best.
+    assert float((found / best).max()) < 1.02
+    assert float((found / best).mean()) < 1.001
+
+
+def test_signed_has_less_error_than_normalfloat_and_uses_both_signs() -> None:
+    weight = gaussian(256, 256)
+    for bits, factor in ((4, 0.82), (3, 0.72), (2, 0.4)):
+        linear, error = quantize_tensor(weight, QuantSpec(bits, 64), method="signed")
+        assert error.mean < factor * quantize_tensor(weight, QuantSpec(bits, 64), method="nf")[1].mean
+        assert 0.4 < float((linear.scales < 0).float().mean()) < 0.6
+
+
+def test_importance_moves_error_to_the_channels_that_matter_least() -> None:
+    weight = gaussian(256, 128)
+    importance = torch.ones(128)
+    importance[::2] = 30.0
+    plain, _ = quantize_tensor(weight, QuantSpec(3, 64))
+    weighted, _ = quantize_tensor(weight, QuantSpec(3, 64), importance=importance)
+    before, after = ((x.dequantize() - weight).square().mean(0) for x in (plain, weighted))
+    assert float(after[::2].mean()) < 0.9 * float(before[::2].mean())
+    assert float(after[1::2].mean()) > float(before[1::2].mean())
+
+
+def test_the_default_for_pairs_is_a_table_of_pairs() -> None:
+    assert resolve_method("default", QuantSpec(3, vector_size=2)).name == "lloyd-pairs"
+    assert resolve_method("default", QuantSpec(3)).name == "signed"
+    weight = gaussian(64, 64)
+    found, _ = quantize_tensor(weight, QuantSpec(3, vector_size=2))
+    expected, _ = quantize_tensor(weight, QuantSpec(3, vector_size=2), method="lloyd-pairs")
+    assert torch.equal(found.qweight, expected.qweight)
+
+
+@pytest.mark.parametrize("method", ["signed", "nf", "learned", "lloyd-pairs"])
+def test_the_tensors_are_ordinary_and_their_own(method: str) -> None:
+    """They can be changed, and be a part of what gradients flow through, without harm to the next weight."""
+    weight, spec = gaussian(64, 128), spec_of(method, 3)
+    with torch.inference_mode():
+        first, _ = quantize_tensor(weight.clone(), spec, method=method)
+    second, _ = quantize_tensor(weight, spec, method=method)
+    for linear in (first, second):
+        for tensor in (linear.qweight, linear.scales, linear.codebook):
+            assert not tensor.is_inference()
+            assert not tensor.requires_grad
+    expected = second.dequantize().clone()
+    first.codebook.zero_()
+    second.codebook.zero_()
+    again, _ = quantize_tensor(weight, spec, method=method)
+    assert torch.equal(again.dequantize(), expected)
+    x = torch.ones(128, requires_grad=True)
+    (again.dequantize() @ x).sum().backward()
+    assert x.grad is not None

@@ -200,6 +200,23 @@ def test_code_in_a_checkpoint_is_never_run(copy_of: Copy, tmp_path: Path) -> Non
     assert not (tmp_path / "out/evil.py").exists()
 
 
+def test_an_attention_of_the_hub_is_never_fetched(
+    copy_of: Copy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers takes the name of a kernel repository for an implementation of attention."""
+    source = copy_of("llama")
+    for key in ("attn_implementation", "_attn_implementation"):
+        edit_json(source / "config.json", lambda c, key=key: c.update({key: "somebody/kernel"}))
+    seen: list[object] = []
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "_check_and_adjust_attn_implementation",
+        lambda self, implementation, *args, **kwargs: seen.append(implementation) or "sdpa",
+    )  # fmt: skip
+    quantize_checkpoint(source, tmp_path / "out")
+    assert seen
+    assert not [name for name in seen if name and "somebody" in str(name)]
+
+
 @pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads", "vocab_size", "num_labels"])
 def test_a_config_that_asks_for_more_than_the_checkpoint_holds(
     copy_of: Copy, tmp_path: Path, key: str
@@ -225,6 +242,9 @@ def test_a_checkpoint_that_is_already_quantized(copy_of: Copy, tmp_path: Path) -
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"device": "meta"}, "device is 'meta'"),
         ({"min_coverage": 2}, "min_coverage is 2"),
+        ({"importance": "text"}, "importance is 'text'; supported are auto, random, columns, none"),
+        ({"importance": {"lm_head": torch.ones(64)}}, "1 modules, such as lm_head, and none of the 14"),
+        ({"importance": {NAME.removesuffix(".weight"): torch.ones(3)}}, r"has shape \[3\]"),
         ({"ignore": ["nothing"]}, "'nothing' matches none of the model's 15 linear modules"),
         ({"scale_dtype": torch.float32}, "scale_dtype"),
     ],
@@ -414,8 +434,9 @@ def test_peak_memory_is_a_few_tensors_not_the_model(tmp_path: Path) -> None:
     """A model of 200 MB, quantized by a process that may grow by a quarter of that."""
     source = tmp_path / "source-large"
     config = transformers.LlamaConfig(
-        hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=512
-    )
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=512,
+        max_position_embeddings=64,  # of random tokens: activations are no part of the model
+    )  # fmt: skip
     transformers.LlamaForCausalLM(config).to(torch.float32).save_pretrained(source, max_shard_size="5GB")
     size = (source / "model.safetensors").stat().st_size
     program = (

@@ -77,7 +77,7 @@ def test_ctrl_c_keeps_finished_files_says_so_and_leaves_no_output(
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors.decode().splitlines() == [
+    assert errors.decode().splitlines()[-1:] == [
         f"flute-quant: Interrupted; {out} was not written, "
         f"and the same command resumes from {partial_path(out)}."
     ]
@@ -111,6 +111,7 @@ def interrupted(source: Path, out: Path, modules: int, **options: object) -> Non
         ({"spec": QuantSpec(3)}, "options"),
         ({"ignore": ["down_proj"]}, "options"),
         ({"dtype": "keep"}, "options"),
+        ({"importance": "columns", "method": "lloyd"}, "importance, options"),
     ],
 )
 def test_another_run_does_not_continue_where_one_stopped(
@@ -124,6 +125,31 @@ def test_another_run_does_not_continue_where_one_stopped(
     assert report.resumed == 0
     assert heard == [f"Discarding {partial_path(out)}, which belongs to another run (different: {said})."]
     quantize_checkpoint(source, tmp_path / "whole", **options)  # type: ignore[arg-type]
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_resumed_run_goes_on_with_the_importance_that_was_measured(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    source, out = checkpoints("llama-sharded"), tmp_path / "out"
+    passes: list[int] = []
+    interrupted(source, out, 9, measuring=lambda done, total: passes.append(done))
+    assert passes == list(range(1, 15))
+    report = quantize_checkpoint(source, out, measuring=lambda done, total: passes.append(done))
+    assert len(passes) == 14
+    assert report.resumed >= 1
+    assert report.importance == "random tokens"
+    quantize_checkpoint(source, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_damaged_measurement_is_made_again(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    source, out = checkpoints("llama-sharded"), tmp_path / "out"
+    interrupted(source, out, 9)
+    kept = partial_path(out) / "importance.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-4])
+    quantize_checkpoint(source, out)
+    quantize_checkpoint(source, tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
 
 

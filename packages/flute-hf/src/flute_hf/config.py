@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flute_kernels import FormatError, QuantizationConfig, QuantSpec
 from flute_kernels.format import FORMAT_VERSION, QUANT_METHOD
+from flute_quant import IMPORTANCE_OPTIONS
 
 __all__ = ["FluteConfig"]
 
@@ -31,10 +33,14 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
             with ``*``. Heads and routers are left anyway.
         overrides: module name (or pattern) to a :class:`~flute_kernels.QuantSpec`, or to the fields of it
             that differ: ``{"down_proj": {"group_size": 32}}``.
+        importance: what errors in each input channel cost while a model is quantized: ``"random"``
+            (measured with random tokens before the weights are loaded), ``"columns"`` (guessed from the
+            weights), ``"none"``, module name to float32 ``[K]``, or ``"auto"``, which is ``"random"`` for
+            methods that are made for it. It is no part of a saved model.
         kwargs: ``quant_method`` and ``format_version``, as a stored config has them.
 
     Raises:
-        FormatError: a number that the format does not have.
+        FormatError: a number that the format does not have, or an unknown ``importance``.
         TypeError: an unknown option.
     """
 
@@ -50,6 +56,7 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         method: str = "default",
         modules_to_not_convert: Iterable[str] | None = None,
         overrides: Mapping[str, QuantSpec | Mapping[str, int]] | None = None,
+        importance: str | Mapping[str, Tensor] = "auto",
         **kwargs: Any,
     ) -> None:
         options = {
@@ -69,9 +76,9 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         }
         unknown = sorted(set(kwargs) - set(options))
         if unknown:
-            raise TypeError(
-                f"FluteConfig has no option {unknown[0]!r}; it has {', '.join(list(options)[2:])}."
-            )
+            known = ", ".join([*list(options)[2:], "importance"])
+            raise TypeError(f"FluteConfig has no option {unknown[0]!r}; it has {known}.")
+        self.importance = _checked(importance)
         self._stored = QuantizationConfig.from_dict({**options, **kwargs})
 
     @classmethod
@@ -79,6 +86,12 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """The same config in Transformers' terms."""
         config = cls()
         config._stored = stored
+        return config
+
+    def like(self, stored: QuantizationConfig) -> FluteConfig:
+        """Another stored config with this one's options of quantization."""
+        config = type(self).of(stored)
+        config.importance = self.importance
         return config
 
     @property
@@ -133,11 +146,15 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "FluteConfig instead of a dict."
             )
         config = cls.of(QuantizationConfig.from_dict(config_dict))
+        config.importance = _checked(config_dict.get("importance", "auto"))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` stores."""
-        return self._stored.to_dict()
+        stored = self._stored.to_dict()
+        if isinstance(self.importance, str) and self.importance != "auto":
+            stored["importance"] = self.importance
+        return stored
 
     def update(self, **kwargs: Any) -> dict[str, Any]:
         """Transformers' way to change single fields; the unknown ones are returned."""
@@ -150,6 +167,20 @@ class FluteConfig(QuantizationConfigMixin):  # type: ignore[misc]
         yield from self.to_dict().items()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, FluteConfig) and self._stored == other._stored
+        if not isinstance(other, FluteConfig) or self._stored != other._stored:
+            return False
+        # Tensors have no one truth value: given importance is equal to itself.
+        same = self.importance is other.importance
+        return same or (isinstance(self.importance, str) and self.importance == other.importance)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _checked(importance: Any) -> str | Mapping[str, Tensor]:
+    if importance in IMPORTANCE_OPTIONS if isinstance(importance, str) else isinstance(importance, Mapping):
+        found: str | Mapping[str, Tensor] = importance
+        return found
+    raise FormatError(
+        f"importance is {importance!r}; expected one of {', '.join(IMPORTANCE_OPTIONS)}, "
+        "or tensors by module name."
+    )

@@ -14,14 +14,20 @@ from transformers.quantizers.base import HfQuantizer
 from flute_hf.config import FluteConfig
 from flute_hf.linear import FluteLinear
 from flute_hf.modules import Replacer, describe, flute_linears, fused_experts
-from flute_hf.quantization import QuantizationPlan, plan, quantize, stored_config
+from flute_hf.quantization import (
+    ChannelImportance,
+    QuantizationPlan,
+    importance_on_disk,
+    plan,
+    quantize,
+    stored_config,
+)
 from flute_hf.size import count_quantized, stop_counting
 from flute_hf.stored import StoredModel
-from flute_kernels import FluteError, FormatError, QuantSpec, UnsupportedError
+from flute_kernels import ACTIVATION_DTYPES, FluteError, FormatError, QuantSpec, UnsupportedError
 from flute_kernels.format import QUANT_METHOD, TENSOR_NAMES
-from flute_kernels.ops import DTYPES
 
-__all__ = ["FluteQuantizer", "attach", "report_plan"]
+__all__ = ["FluteQuantizer", "attach", "first_gpu", "report_importance", "report_plan"]
 
 _log = logging.getLogger("flute_hf")
 
@@ -41,28 +47,37 @@ class FluteQuantizer(HfQuantizer):  # type: ignore[misc]
         self.quantization_config: FluteConfig = quantization_config
         # Modules that still wait for the 16-bit weight that is to be quantized.
         self._waiting: dict[str, QuantSpec] = {}
+        self._importance = ChannelImportance()
         self._replacer: Replacer | None = None
         self._failure: FluteError | None = None
 
     # --- loading ----------------------------------------------------------------------------------
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        if dtype not in DTYPES:
+        if dtype not in ACTIVATION_DTYPES:
             raise UnsupportedError(f"dtype is {dtype}; FLUTE computes in float32, float16 and bfloat16.")
         return dtype
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: Any, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> None:
         wanted = self.quantization_config.stored
         replacer = Replacer(model)
         if not self.pre_quantized:
             made = plan(model, wanted)
             report_plan(model, made)
+            self._importance = importance_on_disk(
+                checkpoint_files or [],
+                made,
+                wanted.method,
+                self.quantization_config.importance,
+                first_gpu(device_map),
+            )
+            report_importance(self._importance)
             self._waiting = {planned.name: planned.spec for planned in made.linears}
             self._replacer = replacer
             # Not in the user's object: what fits this model need not fit the next.
-            self.quantization_config = FluteConfig.of(stored_config(made, wanted))
+            self.quantization_config = self.quantization_config.like(stored_config(made, wanted))
             return
         if not checkpoint_files:
             raise FormatError(
@@ -95,7 +110,7 @@ class FluteQuantizer(HfQuantizer):  # type: ignore[misc]
             return  # the model will not be used; save the rest of the time
         try:
             quantized = quantize(
-                weight, self._waiting[name], self.quantization_config.method, f"{name}.weight"
+                weight, self._waiting[name], self.quantization_config.method, name, self._importance
             )
         except FluteError as error:
             # Transformers would make it a traceback inside a table; raised after loading it is a sentence.
@@ -110,6 +125,7 @@ class FluteQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._replacer = None
+        self._importance = ChannelImportance()  # its tensors are of no more use
         if self._failure is not None:
             raise self._failure
         if self._waiting:
@@ -241,6 +257,23 @@ def report_plan(model: nn.Module, made: QuantizationPlan) -> None:
             100 * weights / total,
             sum(planned.weights for planned in made.linears),
         )
+
+
+def first_gpu(device_map: Any) -> torch.device:
+    """The first GPU that a device map names; the CPU where it names none."""
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    for place in places:
+        if isinstance(place, int) and not isinstance(place, bool):
+            return torch.device("cuda", place)
+        if isinstance(place, str | torch.device) and str(place).startswith("cuda"):
+            return torch.device(place)
+    return torch.device("cpu")
+
+
+def report_importance(importance: ChannelImportance) -> None:
+    """Log where less was measured than asked for."""
+    if importance.note is not None:
+        _log.warning("%s", importance.note)
 
 
 def _check_loaded(name: str, module: FluteLinear, *, marked: tuple[str, ...]) -> None:

@@ -6,6 +6,10 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -58,8 +62,9 @@ class Workspace {
   void* data_;
 };
 
-QWeight make_weight(uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables, uintptr_t table_of_block,
-                    int64_t n, int64_t k, int bits, int vector_size, int64_t group) {
+QWeight make_weight(uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables,
+                    uintptr_t table_of_block, int64_t n, int64_t k, int bits, int vector_size,
+                    int64_t group) {
   return {address(codes),
           address(scales),
           static_cast<DType>(scale_dtype),
@@ -72,8 +77,8 @@ QWeight make_weight(uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_
           group};
 }
 
-void qgemm_cpu(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int dtype, uintptr_t bias, int bias_dtype,
-               uintptr_t out, int64_t ldo, int threads) {
+void qgemm_cpu(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int dtype, uintptr_t bias,
+               int bias_dtype, uintptr_t out, int64_t ldo, int threads) {
   QgemmProblem problem{weight,
                        address(x),
                        m,
@@ -95,12 +100,13 @@ void qgemm_cpu(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int d
 
 void dequantize_cpu(const QWeight& weight, uintptr_t out, int dtype, int threads) {
   nb::gil_scoped_release release;
-  raise_if_refused(first_room(Device::cpu)->dequantize(
-      {weight, const_cast<void*>(address(out)), static_cast<DType>(dtype), threads}));
+  raise_if_refused(
+      first_room(Device::cpu)
+          ->dequantize({weight, const_cast<void*>(address(out)), static_cast<DType>(dtype), threads}));
 }
 
-void hadamard_cpu(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int dtype, uintptr_t signs, int64_t block,
-                  bool transpose, uintptr_t out, int64_t ldo, int threads) {
+void hadamard_cpu(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int dtype, uintptr_t signs,
+                  int64_t block, bool transpose, uintptr_t out, int64_t ldo, int threads) {
   nb::gil_scoped_release release;
   const cpu::HadamardArgs args{address(x),
                                ldx,
@@ -114,20 +120,31 @@ void hadamard_cpu(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int d
   cpu::rotate(args, rows, threads);
 }
 
+// Asks for huge pages; a system that has none to give serves small ones, which is no error.
+void advise_huge_pages(uintptr_t begin, size_t bytes) {
+#if defined(__linux__)
+  madvise(const_cast<void*>(address(begin)), bytes, MADV_HUGEPAGE);
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+
 }  // namespace
 }  // namespace flute
 
 NB_MODULE(_C, m) {
   using namespace flute;
   nb::class_<QWeight>(m, "QWeight", "A weight in a room's layout; it does not own the memory.")
-      .def("__init__", [](QWeight* self, uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables,
-                          uintptr_t table_of_block, int64_t n, int64_t k, int bits, int vector_size, int64_t group) {
-        new (self) QWeight(make_weight(codes, scales, scale_dtype, tables, table_of_block, n, k, bits, vector_size,
-                                       group));
-      });
+      .def("__init__",
+           [](QWeight* self, uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables,
+              uintptr_t table_of_block, int64_t n, int64_t k, int bits, int vector_size, int64_t group) {
+             new (self) QWeight(make_weight(codes, scales, scale_dtype, tables, table_of_block, n, k, bits,
+                                            vector_size, group));
+           });
   m.def("qgemm_cpu", &qgemm_cpu);
   m.def("dequantize_cpu", &dequantize_cpu);
   m.def("hadamard_cpu", &hadamard_cpu);
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("available_isas", &cpu::available_isas);
   m.def("select_isa", &cpu::select_isa);
   m.def("isa", [] { return std::string(cpu::isa().name); });

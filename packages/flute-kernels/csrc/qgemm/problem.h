@@ -25,8 +25,8 @@ struct QWeight {
 struct QgemmProblem {
   QWeight weight;
   const void* x;
-  int64_t m, ldx;  // ldx: elements from one row of x to the next; neighbours in a row are adjacent
-  DType dtype;     // of x and out
+  int64_t m, ldx;    // ldx: elements from one row of x to the next; neighbours in a row are adjacent
+  DType dtype;       // of x and out
   const void* bias;  // [N] or null
   DType bias_dtype;
   void* out;

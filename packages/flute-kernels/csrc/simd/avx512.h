@@ -12,8 +12,8 @@ namespace {
 struct Simd {
   static constexpr int W = 16;
   static constexpr int kMaxMr = 8;
-  static constexpr int kChains = 8;  // independent sums of a matrix-vector product
-  static constexpr int kGemmMr = 12;  // 12 x 2 accumulators, 2 weights, 1 x: 27 of 32 registers
+  static constexpr int kChains = 8;    // independent sums of a matrix-vector product
+  static constexpr int kGemmMr = 12;   // 12 x 2 accumulators, 2 weights, 1 x: 27 of 32 registers
   static constexpr int kGemmStep = 4;  // a last tile has a multiple of this many rows
   static constexpr int kGemmVr = 2;
 
@@ -82,9 +82,7 @@ struct Simd {
     const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
   }
-  static F dot_bf16(F acc, I a, I b) {
-    return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
-  }
+  static F dot_bf16(F acc, I a, I b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
   static I set1i(uint32_t a) { return _mm512_set1_epi32(static_cast<int>(a)); }
   static void storei(uint32_t* p, I a) { _mm512_storeu_si512(p, a); }
 #else

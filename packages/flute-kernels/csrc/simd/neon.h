@@ -11,8 +11,8 @@ namespace {
 struct Simd {
   static constexpr int W = 4;
   static constexpr int kMaxMr = 8;
-  static constexpr int kChains = 8;  // independent sums of a matrix-vector product
-  static constexpr int kGemmMr = 6;  // 6 x 4 accumulators, 4 weights, x by lane: 30 of 32 registers
+  static constexpr int kChains = 8;    // independent sums of a matrix-vector product
+  static constexpr int kGemmMr = 6;    // 6 x 4 accumulators, 4 weights, x by lane: 30 of 32 registers
   static constexpr int kGemmStep = 3;  // a last tile has a multiple of this many rows
   static constexpr int kGemmVr = 4;
   static constexpr bool kBf16Dot = false;
@@ -78,7 +78,8 @@ struct Simd::Table<16> {
     for (int r = 0; r < 4; ++r) t.val[r] = vreinterpretq_u8_f32(load(table + 4 * r));
   }
   F operator()(I i) const {
-    const I bytes = vmlaq_u32(vdupq_n_u32(0x03020100), vandq_u32(i, vdupq_n_u32(15)), vdupq_n_u32(0x04040404));
+    const I bytes =
+        vmlaq_u32(vdupq_n_u32(0x03020100), vandq_u32(i, vdupq_n_u32(15)), vdupq_n_u32(0x04040404));
     return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_u32(bytes)));
   }
 };

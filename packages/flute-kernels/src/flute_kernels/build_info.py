@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from flute_kernels import _C
 from flute_kernels.errors import UnsupportedError
@@ -34,12 +35,19 @@ class BuildInfo:
 def build_info() -> BuildInfo:
     """Describe the installed build."""
     return BuildInfo(
-        version=version("flute-kernels"),
+        version=_version(),
         cuda_version=_C.CUDA_VERSION,
         cuda_architectures=tuple(a for a in _C.CUDA_ARCHITECTURES.split(";") if a),
         cpu_isas=tuple(_C.available_isas()),
         cpu_isa=_C.isa(),
     )
+
+
+def _version() -> str:
+    try:
+        return version("flute-kernels")
+    except PackageNotFoundError:  # a source tree that is imported without being installed
+        return (Path(__file__).parents[2] / "VERSION").read_text(encoding="utf-8").strip()
 
 
 def check_environment() -> None:

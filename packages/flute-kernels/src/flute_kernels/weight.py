@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from flute_kernels import cpu_layout, ops
+from flute_kernels import ops
+from flute_kernels.checks import DTYPES, check_qgemm
+from flute_kernels.cpu import kernels as cpu
+from flute_kernels.cpu import layout as cpu_layout
 from flute_kernels.errors import FormatError, UnsupportedError
 from flute_kernels.format import QuantizedLinear, QuantSpec
 
@@ -50,9 +54,10 @@ class LutWeight:
         )
         self._table_of_block = _table_of_block(self.out_features, codebook.shape[0], codes.device)
         self._numbers = (*shape, spec.bits, spec.vector_size, spec.group_size_for(self.in_features))
-        self._handle = ops.weight_handle(codes, scales, tables, self._table_of_block, *self._numbers)
+        self._handle = cpu.weight_handle(codes, scales, tables, self._table_of_block, *self._numbers)
 
     @classmethod
+    @torch.inference_mode(False)  # a weight that is laid out under it can be trained on later
     def from_linear(cls, linear: QuantizedLinear, device: torch.device | str | None = None) -> LutWeight:
         """Lay out a stored linear for ``device`` (default: where its tensors are). Its bias is not taken.
 
@@ -75,7 +80,11 @@ class LutWeight:
         """The canonical tensors again, exactly those that :meth:`from_linear` was given."""
         qweight = cpu_layout.unpack_rows(self._codes, self.out_features)
         scales = cpu_layout.unpack_rows(self._scales, self.out_features)
-        return QuantizedLinear(self.spec, qweight, scales, self._codebook, bias)
+        return QuantizedLinear(self.spec, qweight, scales, self._codebook.clone(), bias)
+
+    def __reduce__(self) -> tuple[Callable[[QuantizedLinear], LutWeight], tuple[QuantizedLinear]]:
+        # Copies and pickles travel as the canonical tensors: the layout is the machine's own matter.
+        return LutWeight.from_linear, (self.to_linear(),)
 
     @property
     def nbytes(self) -> int:
@@ -96,9 +105,11 @@ class LutWeight:
         Raises:
             FormatError, UnsupportedError: see :func:`flute_kernels.ops.qgemm`.
         """
-        if self._signs is None and ops.is_plain(x, bias):
-            return ops.qgemm_cpu(self._handle, x, self._codes, self.out_features, self.in_features, bias)
+        cpu.refuse_forward_mode(x, bias)
+        if self._signs is None and cpu.is_plain(x, bias):
+            return cpu.plain_qgemm(self._handle, x, self._codes, self.out_features, self.in_features, bias)
         if self._signs is not None:
+            check_qgemm(x, self._codes, self.out_features, self.in_features, bias)
             x = ops.hadamard(x, self._signs, self.spec.hadamard)
         return ops.qgemm(
             x, self._codes, self._scales, self._tables, self._table_of_block, *self._numbers, bias
@@ -106,7 +117,7 @@ class LutWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that :meth:`linear` multiplies with, ``[N, K]``, any rotation undone."""
-        if self._signs is None:
+        if self._signs is None or dtype not in DTYPES:
             return self._stored(dtype)
         return ops.hadamard(self._stored(torch.float32), self._signs, self.spec.hadamard, True).to(dtype)
 
@@ -122,7 +133,7 @@ class LutWeight:
 def _table_of_block(rows: int, tables: int, device: torch.device) -> Tensor | None:
     if tables == 1:
         return None
-    of_row = torch.arange(rows) * tables // rows
+    of_row = torch.arange(rows, device="cpu") * tables // rows
     borders = (torch.nonzero(of_row[1:] != of_row[:-1]).flatten() + 1).tolist()
     uneven = [b for b in borders if b % _SEGMENT]
     if uneven:

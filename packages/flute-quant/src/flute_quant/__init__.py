@@ -16,6 +16,12 @@ from flute_quant.checkpoint.quantize import (
 )
 from flute_quant.codebooks import load_table
 from flute_quant.errors import CheckpointError, QuantizationError
+from flute_quant.importance import (
+    IMPORTANCE_OPTIONS,
+    column_importance,
+    load_importance,
+    random_token_importance,
+)
 from flute_quant.methods import method_names, register_method, resolve_method, table_method
 from flute_quant.model import ModelReport, quantize_model
 from flute_quant.patterns import Override
@@ -24,6 +30,7 @@ from flute_quant.tensor import ErrorStats, fit_spec, quantize_tensor
 
 __all__ = [
     "DEFAULT_IGNORE",
+    "IMPORTANCE_OPTIONS",
     "CheckpointError",
     "CheckpointPlan",
     "CheckpointReport",
@@ -38,11 +45,13 @@ __all__ = [
     "Progress",
     "QuantizationError",
     "QuantizationPlan",
+    "column_importance",
     "compare_checkpoints",
     "estimate_seconds",
     "fit_spec",
     "inspect_checkpoint",
     "load_dequantized",
+    "load_importance",
     "load_table",
     "method_names",
     "plan_checkpoint",
@@ -50,6 +59,7 @@ __all__ = [
     "quantize_checkpoint",
     "quantize_model",
     "quantize_tensor",
+    "random_token_importance",
     "register_method",
     "resolve_method",
     "table_method",

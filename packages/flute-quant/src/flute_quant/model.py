@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flute_kernels import QuantizedLinear, QuantSpec
+from flute_quant.importance import (
+    ChannelImportance,
+    ImportanceOption,
+    measured_importance,
+    planned_importance,
+    random_token_importance,
+)
 from flute_quant.methods import Method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear, QuantizationPlan, plan_modules
 from flute_quant.tensor import ErrorStats, quantize_tensor
 
-__all__ = ["ModelReport", "quantize_model"]
+__all__ = ["ModelReport", "importance_in_memory", "quantize_model"]
 
 
 @dataclass(frozen=True)
@@ -26,12 +33,15 @@ class ModelReport:
         method: name of the method.
         errors: module name to its error.
         parameters: parameters of the model, tied ones once.
+        importance: where the importance of input channels came from; its note says why it was not
+            measured as asked.
     """
 
     plan: QuantizationPlan
     method: str
     errors: dict[str, ErrorStats]
     parameters: int
+    importance: ChannelImportance
 
     @property
     def covered(self) -> int:
@@ -48,7 +58,7 @@ def quantize_model(
     include: Sequence[str] = (),
     overrides: Sequence[Override] = (),
     scale_dtype: torch.dtype = torch.float16,
-    importance: Mapping[str, Tensor] | None = None,
+    importance: ImportanceOption = "auto",
     progress: Callable[[PlannedLinear, ErrorStats], None] | None = None,
 ) -> tuple[dict[str, QuantizedLinear], ModelReport]:
     """Quantize a model's linear modules where they are; the model itself is not changed.
@@ -57,7 +67,10 @@ def quantize_model(
         model: any torch module with its weights loaded.
         spec, ignore, include, overrides: see :func:`~flute_quant.plan.plan_modules`.
         method, scale_dtype: see :func:`~flute_quant.tensor.quantize_tensor`.
-        importance: module name to float32 ``[K]``, for the modules that have one.
+        importance: what errors in each input channel cost, one of
+            :data:`~flute_quant.importance.IMPORTANCE_OPTIONS` or module name to float32 ``[K]`` for the
+            modules that have one. To measure it, a Transformers model runs 3,072 random tokens; what
+            cannot be measured is guessed from the weights' columns.
         progress: called after every module.
 
     Returns:
@@ -66,8 +79,9 @@ def quantize_model(
     Raises:
         QuantizationError: nothing to quantize, NaN or infinite weights, an unknown method or pattern.
     """
-    chosen = resolve_method(method)
+    chosen = resolve_method(method, spec)
     plan = plan_modules(model, spec, ignore=ignore, include=include, overrides=overrides)
+    weighting = importance_in_memory(model, plan, chosen, importance)
     linears: dict[str, QuantizedLinear] = {}
     errors: dict[str, ErrorStats] = {}
     for planned in plan.linears:
@@ -81,9 +95,24 @@ def quantize_model(
             name=f"{planned.name}.weight",
             bias=None if bias is None else bias.detach(),
             scale_dtype=scale_dtype,
-            importance=None if importance is None else importance.get(planned.name),
+            importance=weighting.of(planned.name, module.weight.detach(), planned.spec),
         )
         if progress is not None:
             progress(planned, errors[planned.name])
     parameters = sum(p.numel() for p in model.parameters())
-    return linears, ModelReport(plan, chosen.name, errors, parameters)
+    return linears, ModelReport(plan, chosen.name, errors, parameters, weighting)
+
+
+def importance_in_memory(
+    model: nn.Module, plan: QuantizationPlan, method: Method, option: ImportanceOption
+) -> ChannelImportance:
+    """The importance that ``option`` stands for, measured on the model as it is where that is asked.
+
+    Raises:
+        QuantizationError: an unknown option, or given tensors for other modules.
+    """
+    specs = {p.name: p.spec for p in plan.linears}
+    planned = planned_importance(option, method, specs)
+    if planned is not None:
+        return planned
+    return measured_importance(lambda: random_token_importance(model, specs), specs)

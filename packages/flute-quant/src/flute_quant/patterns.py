@@ -10,7 +10,7 @@ from typing import Any
 from flute_kernels import QuantSpec
 from flute_quant.errors import QuantizationError
 
-__all__ = ["Override", "check_patterns", "matches", "parse_override", "spec_for"]
+__all__ = ["Override", "check_patterns", "has_part", "matches", "parse_override", "spec_for"]
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -19,6 +19,11 @@ def matches(name: str, pattern: str) -> bool:
     ``down_proj`` and ``mlp.down_proj`` match ``model.layers.0.mlp.down_proj``; so does ``*.layers.0.*``.
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def has_part(name: str, parts: Iterable[str]) -> bool:
+    """Whether one of ``parts`` (``wo``, ``mlp.gate``) is a whole part of a dotted name, or some in a row."""
+    return any(f".{part}." in f".{name}." for part in parts)
 
 
 def check_patterns(patterns: Iterable[str], names: Sequence[str], option: str) -> None:

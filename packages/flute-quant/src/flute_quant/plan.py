@@ -11,7 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from flute_kernels import FormatError, QuantizationConfig, QuantSpec
 from flute_quant.errors import QuantizationError
-from flute_quant.patterns import Override, check_patterns, matches, spec_for
+from flute_quant.patterns import Override, check_patterns, has_part, matches, spec_for
 from flute_quant.tensor import fit_spec
 
 __all__ = ["DEFAULT_IGNORE", "PlannedLinear", "QuantizationPlan", "plan_modules"]
@@ -86,7 +86,8 @@ def plan_modules(
         model: any module; with ``get_output_embeddings`` its head is found by that, too.
         spec: the default.
         ignore: patterns of modules to leave in 16 bits, see :func:`~flute_quant.patterns.matches`.
-        include: patterns that win over :data:`DEFAULT_IGNORE` (not over ``ignore``).
+        include: patterns that win over :data:`DEFAULT_IGNORE` and over what the model wants to keep in 32
+            bits (not over ``ignore``).
         overrides: other specs for some modules; the last that matches wins.
 
     Raises:
@@ -106,6 +107,7 @@ def plan_modules(
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = _output_heads(model)
     tied_names = _tied_names(model)
+    sensitive = _sensitive_parts(model)
     planned, kept = [], {}
     for name, module in linears.items():
         included = any(matches(name, p) for p in include)
@@ -121,6 +123,8 @@ def plan_modules(
             kept[name] = "tied to the embedding"
         elif not included and (module in heads or any(matches(name, p) for p in DEFAULT_IGNORE)):
             kept[name] = "a head or a router"
+        elif not included and has_part(f"{name}.weight", sensitive):
+            kept[name] = "too sensitive, as its model says"
         else:
             n, k = module.weight.shape
             try:
@@ -149,6 +153,15 @@ def _output_heads(model: nn.Module) -> list[nn.Module]:
     except (AttributeError, NotImplementedError):  # Transformers classes without a head
         head = None
     return [head] if isinstance(head, nn.Module) else []
+
+
+def _sensitive_parts(model: nn.Module) -> set[str]:
+    """Parts of names of modules that a Transformers class loads in 32 bits, such as ``wo`` in T5."""
+    found: set[str] = set()
+    for key in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+        parts = getattr(model, key, None)
+        found |= set(parts) if isinstance(parts, list | tuple | set) else set()
+    return found
 
 
 def _tied_names(model: nn.Module) -> set[str]:

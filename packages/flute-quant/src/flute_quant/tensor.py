@@ -11,7 +11,7 @@ from flute_kernels import FormatError, QuantizedLinear, QuantSpec, pack_codes
 from flute_kernels.format import GROUP_SIZES, PER_ROW
 from flute_quant.errors import QuantizationError
 from flute_quant.methods import Method, WeightRows, resolve_method
-from flute_quant.methods.parallel import map_chunks
+from flute_quant.methods.parallel import map_chunks, ordinary_tensors
 
 __all__ = ["ErrorStats", "fit_spec", "quantize_tensor"]
 
@@ -94,7 +94,8 @@ def quantize_tensor(
             rotated basis where the spec rotates.
 
     Returns:
-        The stored tensors, and the error (which a rotation does not change).
+        The stored tensors, which share no memory with anything but ``bias``, and the error (which a
+        rotation does not change).
 
     Raises:
         QuantizationError: NaN or infinite weights (counted), a scale beyond ``scale_dtype``, an
@@ -110,9 +111,10 @@ def quantize_tensor(
         spec.check_in_features(rows.columns)
     except FormatError as error:
         raise FormatError(f"{name}: {error}") from None
-    with torch.inference_mode():
-        encoded = resolve_method(method).encode(rows, spec, scale_dtype=scale_dtype, importance=importance)
-    qweight = _pack(encoded.codes, spec)
+    with ordinary_tensors():
+        chosen = resolve_method(method, spec)
+        encoded = chosen.encode(rows, spec, scale_dtype=scale_dtype, importance=importance)
+        qweight = _pack(encoded.codes, spec)
     linear = QuantizedLinear(spec, qweight, encoded.scales, encoded.codebook, bias)
     linear.validate(name.removesuffix("weight"))
     return linear, ErrorStats(weight.numel(), encoded.squared_error, encoded.energy)

@@ -38,8 +38,8 @@ struct QgemmKernels {
   int panel_rows;
 
   // Packs rows [row_begin, row_end) of x; row_begin and row_end (but the last) are multiples of gemm_mr.
-  void (*pack_x)(const void* x, DType, int64_t ldx, int64_t k, int64_t row_begin, int64_t row_end, void* packed,
-                 bool bf16);
+  void (*pack_x)(const void* x, DType, int64_t ldx, int64_t k, int64_t row_begin, int64_t row_end,
+                 void* packed, bool bf16);
   int gemm_mr;
   bool bf16_dot;
 

@@ -142,8 +142,9 @@ FLUTE_INLINE void finish_row(float* sums, const float* bias, int64_t count, cons
 template <int Bits, int P, int Mr>
 void gemv_block(const QWeight& w, const float* x, int64_t block, float* sums) {
   constexpr int kChains = Mr == 1 ? S::kChains : Mr == 2 ? S::kChains / 2 : Mr <= 4 ? S::kChains / 4 : 1;
-  constexpr int64_t kWords = Bits * kBlock;         // of 32 weights of a block
-  constexpr int64_t kAhead = 2048 / (Bits * 64);    // prefetched chunks: about 2 KiB, over a page's end
+  constexpr int64_t kWords = Bits * kBlock;       // of 32 weights of a block
+  constexpr int64_t kAhead = 2048 / (Bits * 64);  // prefetched chunks: about 2 KiB, over a page's end
+  constexpr int64_t kScalesAhead = 128;           // of 8 groups: 256 bytes
   const int64_t chunks_per_group = w.group / 32, groups = w.k / w.group;
   const Tables<Bits, P> tables(block_table(w, block));
   for (int lane = 0; lane < kBlock; lane += S::W) {
@@ -158,9 +159,8 @@ void gemv_block(const QWeight& w, const float* x, int64_t block, float* sums) {
           [&](auto i) FLUTE_LAMBDA_INLINE { sum[i.value / kChains][i.value % kChains] = S::zero(); });
       for (int64_t c = 0; c < chunks_per_group; ++c, words += kWords, xk += 32 * Mr) {
         if (lane == 0) {
-          unroll<Bits>([&](auto i) FLUTE_LAMBDA_INLINE {
-            S::prefetch(words + kAhead * kWords + i.value * kBlock);
-          });
+          unroll<Bits>([&](auto i)
+                           FLUTE_LAMBDA_INLINE { S::prefetch(words + kAhead * kWords + i.value * kBlock); });
         }
         decode32<Bits, P>(words, tables, [&](auto k, F weight) FLUTE_LAMBDA_INLINE {
           unroll<Mr>([&](auto m) FLUTE_LAMBDA_INLINE {
@@ -169,6 +169,7 @@ void gemv_block(const QWeight& w, const float* x, int64_t block, float* sums) {
           });
         });
       }
+      if (lane == 0) S::prefetch(scales + kScalesAhead);
       const F scale = load_as_float(scales, w.scale_dtype);
       unroll<Mr>([&](auto m) FLUTE_LAMBDA_INLINE {
         F s = sum[m.value][0];
@@ -202,7 +203,8 @@ void gemv_blocks(const QWeight& w, const float* x, int64_t m, const Output& out,
     const int64_t row0 = block * kBlock, count = min_of(kBlock, w.n - row0);
     float bias[kBlock];
     if (out.bias) load_floats(out.bias, out.bias_dtype, row0, count, bias);
-    for (int64_t i = 0; i < m; ++i) finish_row(sums + i * kBlock, out.bias ? bias : nullptr, count, out, i, row0);
+    for (int64_t i = 0; i < m; ++i)
+      finish_row(sums + i * kBlock, out.bias ? bias : nullptr, count, out, i, row0);
   }
 }
 
@@ -258,7 +260,8 @@ FLUTE_INLINE void tile_product(const float* weights, const float* x, int64_t dep
   }
   for (int64_t k = 0; k < depth; ++k, weights += kTile, x += Mr) {
     F weight[S::kGemmVr];
-    unroll<S::kGemmVr>([&](auto v) FLUTE_LAMBDA_INLINE { weight[v.value] = S::load(weights + v.value * S::W); });
+    unroll<S::kGemmVr>([&](auto v)
+                           FLUTE_LAMBDA_INLINE { weight[v.value] = S::load(weights + v.value * S::W); });
     unroll<Mr>([&](auto m) FLUTE_LAMBDA_INLINE {
       const F value = S::set1(x[m.value]);
       unroll<S::kGemmVr>([&](auto v) FLUTE_LAMBDA_INLINE {
@@ -297,7 +300,8 @@ FLUTE_INLINE void tile_product_bf16(const uint32_t* weights, const uint32_t* x, 
   }
   for (int64_t k = 0; k < depth; k += 2, weights += kTile, x += Mr) {
     I weight[S::kGemmVr];
-    unroll<S::kGemmVr>([&](auto v) FLUTE_LAMBDA_INLINE { weight[v.value] = S::loadi(weights + v.value * S::W); });
+    unroll<S::kGemmVr>([&](auto v)
+                           FLUTE_LAMBDA_INLINE { weight[v.value] = S::loadi(weights + v.value * S::W); });
     unroll<Mr>([&](auto m) FLUTE_LAMBDA_INLINE {
       const I value = S::set1i(x[m.value]);
       unroll<S::kGemmVr>([&](auto v) FLUTE_LAMBDA_INLINE {
@@ -355,8 +359,8 @@ void panel_product(const QWeight& w, const PackedX& x, const Output& out, int64_
 }
 
 // Columns [0, k) of `rows` rows of x, side by side: to[c][width], float32.
-FLUTE_INLINE void interleave(const void* x, DType dtype, int64_t ldx, int64_t k, int64_t row0, int64_t rows, float* to,
-                             int64_t width) {
+FLUTE_INLINE void interleave(const void* x, DType dtype, int64_t ldx, int64_t k, int64_t row0, int64_t rows,
+                             float* to, int64_t width) {
   constexpr int64_t kStrip = 64;  // columns widened at a time
   for (int64_t c0 = 0; c0 < k; c0 += kStrip, to += kStrip * width) {
     const int64_t columns = min_of(kStrip, k - c0);
@@ -368,8 +372,8 @@ FLUTE_INLINE void interleave(const void* x, DType dtype, int64_t ldx, int64_t k,
   }
 }
 
-void pack_x(const void* x, DType dtype, int64_t ldx, int64_t k, int64_t row_begin, int64_t row_end, void* packed,
-            bool bf16) {
+void pack_x(const void* x, DType dtype, int64_t ldx, int64_t k, int64_t row_begin, int64_t row_end,
+            void* packed, bool bf16) {
   for (int64_t r0 = row_begin; r0 < row_end; r0 += S::kGemmMr) {
     const int64_t rows = min_of(S::kGemmMr, row_end - r0), width = tile_rows(rows);
     if (!bf16) {
@@ -440,15 +444,16 @@ void gemv(const QWeight& w, const float* x, int64_t m, const Output& out, int64_
   with_weight_kind(w, [&](auto bits, auto p) { gemv_blocks<bits.value, p.value>(w, x, m, out, begin, end); });
 }
 void panel(const QWeight& w, const PackedX& x, const Output& out, int64_t index, void* scratch, bool bf16) {
-  with_weight_kind(w,
-                   [&](auto bits, auto p) { panel_product<bits.value, p.value>(w, x, out, index, scratch, bf16); });
+  with_weight_kind(
+      w, [&](auto bits, auto p) { panel_product<bits.value, p.value>(w, x, out, index, scratch, bf16); });
 }
 void dequantize(const QWeight& w, void* out, DType dtype, int64_t begin, int64_t end) {
-  with_weight_kind(w, [&](auto bits, auto p) { dequantize_blocks<bits.value, p.value>(w, out, dtype, begin, end); });
+  with_weight_kind(
+      w, [&](auto bits, auto p) { dequantize_blocks<bits.value, p.value>(w, out, dtype, begin, end); });
 }
 
-constexpr QgemmKernels kQgemmKernels = {gemv,   S::kMaxMr,  panel,         panel_scratch, kPanel,
-                                        pack_x, S::kGemmMr, S::kBf16Dot, pack_columns, dequantize};
+constexpr QgemmKernels kQgemmKernels = {gemv,   S::kMaxMr,  panel,       panel_scratch, kPanel,
+                                        pack_x, S::kGemmMr, S::kBf16Dot, pack_columns,  dequantize};
 
 }  // namespace
 }  // namespace flute::cpu

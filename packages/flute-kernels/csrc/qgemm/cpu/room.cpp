@@ -20,7 +20,7 @@ constexpr int64_t kPackedXBytes = 8 << 20;
 constexpr int64_t kWeightsPerThread = 1 << 15;
 // A thread takes work in pieces, several for each thread so that a slow core is evened out, but none
 // larger than this many weights.
-constexpr int64_t kPiecesPerThread = 4;
+constexpr int64_t kPiecesPerThread = 8;
 constexpr int64_t kWeightsPerPiece = 1 << 17;
 
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
@@ -39,8 +39,8 @@ bool is_gemv(const QgemmKernels& kernels, int64_t m) { return m <= kernels.max_m
 // How the tiled product cuts x, and where in the workspace its parts lie.
 struct Tiling {
   bool bf16;
-  int64_t rows;          // of x at a time
-  int64_t packed_bytes;  // of those rows
+  int64_t rows;           // of x at a time
+  int64_t packed_bytes;   // of those rows
   int64_t scratch_bytes;  // of one thread
 
   Tiling(const QgemmKernels& kernels, const QgemmProblem& p) {
@@ -54,14 +54,32 @@ struct Tiling {
   }
 };
 
+// Calls fn(thread, begin, end) for pieces of [0, total). Every thread has a share of its own and takes
+// it in order, so that it reads memory as one stream, which the hardware prefetches across the pieces'
+// borders (dealing pieces out in turn cost a third of the time of a 576 x 576 matrix); a thread that is
+// done helps with the shares of others.
 template <class Fn>
 void in_pieces(int threads, int64_t total, int64_t piece, Fn&& fn) {
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  constexpr int kMaxShares = 64;
+  const int shares = std::clamp(threads, 1, kMaxShares);
+  const int64_t pieces = (total + piece - 1) / piece;
+  Share share[kMaxShares];
+  for (int i = 0; i < shares; ++i) {
+    share[i].next.store(pieces * i / shares * piece, std::memory_order_relaxed);
+    share[i].end = std::min(pieces * (i + 1) / shares * piece, total);
+  }
   parallel(threads, [&](int thread, int) {
-    for (;;) {
-      const int64_t begin = next.fetch_add(piece, std::memory_order_relaxed);
-      if (begin >= total) return;
-      fn(thread, begin, std::min(begin + piece, total));
+    for (int i = 0; i < shares; ++i) {
+      Share& from = share[(thread + i) % shares];
+      for (;;) {
+        const int64_t begin = from.next.fetch_add(piece, std::memory_order_relaxed);
+        if (begin >= from.end) break;
+        fn(thread, begin, std::min(begin + piece, from.end));
+      }
     }
   });
 }
@@ -87,9 +105,8 @@ void launch_gemv(const QgemmKernels& kernels, const QgemmProblem& p) {
       kernels.pack_columns(from, p.dtype, p.ldx, rows, w.k, static_cast<float*>(p.workspace));
       x = static_cast<const float*>(p.workspace);
     }
-    in_pieces(threads, blocks(w), blocks_per_piece(w, threads), [&](int, int64_t begin, int64_t end) {
-      kernels.gemv(w, x, rows, out, begin, end);
-    });
+    in_pieces(threads, blocks(w), blocks_per_piece(w, threads),
+              [&](int, int64_t begin, int64_t end) { kernels.gemv(w, x, rows, out, begin, end); });
   }
 }
 
@@ -135,9 +152,8 @@ Status dequantize(const DequantizeProblem& p) {
   const QgemmKernels& kernels = isa().qgemm;
   const QWeight& w = p.weight;
   const int threads = useful_threads(w, p.threads);
-  in_pieces(threads, blocks(w), blocks_per_piece(w, threads), [&](int, int64_t begin, int64_t end) {
-    kernels.dequantize(w, p.out, p.dtype, begin, end);
-  });
+  in_pieces(threads, blocks(w), blocks_per_piece(w, threads),
+            [&](int, int64_t begin, int64_t end) { kernels.dequantize(w, p.out, p.dtype, begin, end); });
   return {};
 }
 

@@ -42,8 +42,8 @@ def pack_codes(codes: Tensor, bits: int, vector_size: int = 1) -> Tensor:
         raise FormatError(
             f"codes has shape {list(codes.shape)}; expected two dimensions [N, K / vector_size]."
         )
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise FormatError(f"codes has dtype {codes.dtype}; expected an integer dtype.")
+    if codes.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise FormatError(f"codes has dtype {codes.dtype}; expected uint8, int8, int16, int32 or int64.")
     rows, per_row = codes.shape
     in_features = per_row * vector_size
     spec.check_in_features(in_features)
@@ -85,9 +85,9 @@ def unpack_codes(qweight: Tensor, bits: int, vector_size: int = 1) -> Tensor:
             f"qweight is {qweight.dtype} of shape {list(qweight.shape)}; expected int32 [N, K * {bits} / 32]."
         )
     rows, row_words = qweight.shape
-    if row_words % bits:
+    if row_words == 0 or row_words % bits:
         raise FormatError(
-            f"qweight has {row_words} words a row; at {bits} bits expected a multiple of {bits}."
+            f"qweight has {row_words} words a row; at {bits} bits expected a positive multiple of {bits}."
         )
     width = spec.code_bits
     per_row = row_words * 32 // width

@@ -16,7 +16,7 @@ from flute_kernels.format.spec import QuantSpec
 __all__ = ["TENSOR_NAMES", "QuantizedLinear"]
 
 TENSOR_NAMES = ("qweight", "scales", "codebook", "bias")
-_SCALE_DTYPES = (torch.float16, torch.bfloat16)
+SCALE_DTYPES = (torch.float16, torch.bfloat16)
 _TABLE_DTYPES = (torch.float16, torch.float32)
 
 
@@ -65,7 +65,9 @@ class QuantizedLinear:
             FormatError: a shape, dtype or value does not fit ``spec``.
         """
         table = codebook.to(torch.float32) if codebook.dtype not in _TABLE_DTYPES else codebook
-        table = table.reshape(-1, spec.table_entries, spec.vector_size) if table.numel() else table
+        shape = (spec.table_entries, spec.vector_size)
+        if tuple(table.shape) == shape or (spec.vector_size == 1 and tuple(table.shape) == shape[:1]):
+            table = table.reshape(1, *shape)
         linear = cls(spec, pack_codes(codes, spec.bits, spec.vector_size), scales, table, bias)
         linear.validate()
         return linear
@@ -96,7 +98,8 @@ class QuantizedLinear:
             raise FormatError(
                 f"{missing[0]} is missing; a quantized linear has {', '.join(TENSOR_NAMES[:3])}."
             )
-        linear = cls(spec, *(tensors[prefix + n] for n in TENSOR_NAMES[:3]), tensors.get(prefix + "bias"))
+        qweight, scales, codebook = (tensors[prefix + n] for n in TENSOR_NAMES[:3])
+        linear = cls(spec, qweight, scales, codebook, tensors.get(prefix + "bias"))
         linear.validate(prefix, out_features=out_features, in_features=in_features)
         return linear
 
@@ -115,7 +118,8 @@ class QuantizedLinear:
         words = int(self.qweight.shape[1])
         if words % spec.bits:
             raise FormatError(
-                f"{prefix}qweight has {words} words a row; at {spec.bits} bits expected a multiple of {spec.bits}."
+                f"{prefix}qweight has {words} words a row; "
+                f"at {spec.bits} bits expected a multiple of {spec.bits}."
             )
         n = self.out_features if out_features is None else out_features
         k = self.in_features if in_features is None else in_features
@@ -132,7 +136,7 @@ class QuantizedLinear:
         except FormatError as error:
             raise FormatError(f"{prefix}qweight: {error}") from None
         _check(prefix + "qweight", self.qweight, (torch.int32,), shapes["qweight"])
-        _check(prefix + "scales", self.scales, _SCALE_DTYPES, shapes["scales"])
+        _check(prefix + "scales", self.scales, SCALE_DTYPES, shapes["scales"])
         _check(prefix + "codebook", self.codebook, _TABLE_DTYPES, shapes["codebook"])
         if tables > n:
             raise FormatError(
@@ -145,7 +149,8 @@ class QuantizedLinear:
             if values.device.type != "meta" and not bool(torch.isfinite(values).all()):
                 bad = int((~torch.isfinite(values)).sum())
                 raise FormatError(
-                    f"{prefix}{name} has {bad} of {values.numel()} values that are NaN or infinite; expected none."
+                    f"{prefix}{name} has {bad} of {values.numel()} values that are NaN or infinite; "
+                    "expected none."
                 )
 
     def codes(self) -> Tensor:

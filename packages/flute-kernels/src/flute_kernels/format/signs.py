@@ -29,4 +29,4 @@ def hadamard_signs(in_features: int, seed: int) -> Tensor:
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
         signs.append(-1.0 if (z ^ (z >> 31)) >> 63 else 1.0)
-    return torch.tensor(signs, dtype=torch.float32)
+    return torch.tensor(signs, dtype=torch.float32, device="cpu")

@@ -159,7 +159,7 @@ def plan_folder(
         raise CheckpointError(
             f"{folder.path} is already quantized {what}; expected a checkpoint of 16 or 32 bits."
         )
-    chosen = resolve_method(method)
+    chosen = resolve_method(method, spec)
     model = build_structure(folder.path, folder.config, len(folder.location))
     plan = plan_modules(model, spec, ignore=ignore, include=include, overrides=overrides)
     names = parameter_names(model, folder.location)
@@ -214,14 +214,8 @@ def _cast_to(folder: CheckpointFolder, option: str) -> str | None:
     """The dtype that floating-point tensors are cast to, or None where they stay as they are."""
     if option in _FLOATS:
         return _FLOATS[option]
-    counts: Counter[str] = Counter()
-    for name in folder.location:
-        stored = folder.tensor(name)
-        if stored.is_float:
-            counts[stored.dtype] += stored.numel
     # A model stored in 32 bits becomes one of 16; one of 16 bits has its reasons for what it keeps in 32.
-    main = counts.most_common(1)[0][0] if counts else "BF16"
-    return "BF16" if option == "auto" and main in ("F32", "F64") else None
+    return "BF16" if option == "auto" and folder.main_dtype() in ("F32", "F64") else None
 
 
 def _shard(

@@ -7,18 +7,23 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flute_kernels import QuantSpec
 from flute_quant.checkpoint.gguf import convert_gguf, find_gguf
 from flute_quant.checkpoint.layout import CheckpointPlan, Coverage, Shard, plan_folder
+from flute_quant.checkpoint.measure import (
+    compute_dtype,
+    measure_folder,
+    read_measurement,
+    write_measurement,
+)
 from flute_quant.checkpoint.safetensors_reader import DTYPES
 from flute_quant.checkpoint.safetensors_writer import SafetensorsWriter, file_size
 from flute_quant.checkpoint.source import INDEX_NAME, CheckpointFolder
@@ -29,6 +34,13 @@ from flute_quant.checkpoint.workfolder import (
     write_synced,
 )
 from flute_quant.errors import QuantizationError
+from flute_quant.importance import (
+    ChannelImportance,
+    ImportanceOption,
+    planned_importance,
+    resolve_importance,
+)
+from flute_quant.importance.tokens import LENGTH, SEED, SEQUENCES
 from flute_quant.methods import Method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear
@@ -76,6 +88,9 @@ class CheckpointReport:
         coverage: where the parameters went.
         source_bytes, output_bytes: sizes of the weight files.
         bits_per_weight: of the quantized weights, with scales and tables.
+        importance: where the importance of input channels came from: ``"random tokens"``,
+            ``"columns"``, ``"given"`` or ``"none"``.
+        importance_note: a sentence where less was measured than asked for, or None.
         resumed: files taken over from an interrupted run.
         seconds: wall-clock time.
     """
@@ -88,6 +103,8 @@ class CheckpointReport:
     source_bytes: int
     output_bytes: int
     bits_per_weight: float
+    importance: str
+    importance_note: str | None
     resumed: int
     seconds: float
 
@@ -140,7 +157,8 @@ def quantize_checkpoint(
     device: str | torch.device = "cpu",
     min_coverage: float = _DEFAULT_COVERAGE,
     overwrite: bool = False,
-    importance: Mapping[str, Tensor] | None = None,
+    importance: ImportanceOption = "auto",
+    measuring: Callable[[int, int], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> CheckpointReport:
@@ -163,7 +181,11 @@ def quantize_checkpoint(
         device: where weights are quantized.
         min_coverage: least fraction of the parameters outside of embeddings that must be quantized.
         overwrite: replace ``dst`` if it holds a FLUTE checkpoint.
-        importance: module name to float32 ``[K]``, what an error in an input channel costs.
+        importance: what errors in each input channel cost, one of
+            :data:`~flute_quant.importance.IMPORTANCE_OPTIONS` or module name to float32 ``[K]`` for the
+            modules that have one. To measure it, 3,072 random tokens run through the model, whose
+            weights are read one by one; what cannot be measured is guessed from the weights' columns.
+        measuring: called during that pass with the modules reached so far, and in all.
         progress: called after every module.
         say: receives one sentence when an earlier partial output is resumed or discarded.
 
@@ -180,7 +202,7 @@ def quantize_checkpoint(
     device = _checked_device(device)
     gguf = find_gguf(src)
     check_destination(src, dst, overwrite)
-    chosen = resolve_method(method)
+    chosen = resolve_method(method, spec)
     options: dict[str, Any] = {
         "method": chosen,
         "ignore": tuple(ignore),
@@ -189,6 +211,7 @@ def quantize_checkpoint(
         "dtype": dtype,
         "scale_dtype": scale_dtype,
     }
+    kind = resolve_importance(importance, chosen)
     # An ordinary folder is checked as far as its headers go before anything is written.
     plan = None if gguf else plan_folder(CheckpointFolder.open(src), spec, **options)
     if plan is not None:
@@ -202,7 +225,7 @@ def quantize_checkpoint(
             **{name: repr(value) for name, value in options.items()},
             "method": chosen.identity,
         },
-        "importance": _importance_print(importance),
+        "importance": _importance_print(kind, importance),
     }
     with WorkFolder(dst, fingerprint, say or _silent) as work:
         if plan is None:
@@ -216,8 +239,9 @@ def quantize_checkpoint(
         needed = plan.output_bytes + sum(f.stat().st_size for f in plan.folder.side_files())
         with work.disk_errors(needed):
             work.require_space(needed)
-            errors, resumed = _write_shards(plan, work, device, scale_dtype, importance, progress)
-            _write_side_files(plan, work, errors)
+            weighting = _importance(plan, work, device, importance, measuring)
+            errors, resumed = _write_shards(plan, work, device, scale_dtype, weighting, progress)
+            _write_side_files(plan, work, errors, weighting)
             work.finish()
     return CheckpointReport(
         path=dst,
@@ -228,13 +252,20 @@ def quantize_checkpoint(
         source_bytes=plan.source_bytes,
         output_bytes=plan.output_bytes,
         bits_per_weight=plan.bits_per_weight,
+        importance=weighting.source,
+        importance_note=weighting.note,
         resumed=resumed,
         seconds=time.monotonic() - started,
     )
 
 
-def estimate_seconds(plan: CheckpointPlan, device: str | torch.device = "cpu") -> float:
-    """Time that quantizing will take, reading and writing aside, from the speed on two million weights."""
+def estimate_seconds(
+    plan: CheckpointPlan, device: str | torch.device = "cpu", importance: ImportanceOption = "auto"
+) -> float:
+    """Time that quantizing will take, reading and writing aside, from the speed on two million weights.
+
+    Where the importance of input channels is measured, that pass is a part of it.
+    """
     device = _checked_device(device)
     rows, columns = 512, 4096
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
@@ -243,7 +274,42 @@ def estimate_seconds(plan: CheckpointPlan, device: str | torch.device = "cpu") -
     quantize_tensor(weight[:32], spec, method=plan.method)
     started = time.monotonic()
     quantize_tensor(weight, spec, method=plan.method)
-    return (time.monotonic() - started) * plan.weights / (rows * columns)
+    seconds = (time.monotonic() - started) * plan.weights / (rows * columns)
+    if resolve_importance(importance, plan.method) == "random":
+        x = torch.ones(LENGTH, columns, device=device, dtype=compute_dtype(plan.folder, device))
+        weight = weight.to(x.dtype)
+        torch.nn.functional.linear(x, weight)
+        started = time.monotonic()
+        float(torch.nn.functional.linear(x, weight)[0, 0])  # waits for a GPU
+        # Whatever is no embedding takes part in the pass, quantized or not.
+        weights = plan.coverage.total - plan.coverage.embeddings
+        seconds += (time.monotonic() - started) * SEQUENCES * weights / (rows * columns)
+    return seconds
+
+
+def _importance(
+    plan: CheckpointPlan,
+    work: WorkFolder,
+    device: torch.device,
+    option: ImportanceOption,
+    measuring: Callable[[int, int], None] | None,
+) -> ChannelImportance:
+    """The importance of input channels; a measurement is kept for a resumed run, whatever it found."""
+    specs = {p.name: p.spec for p in plan.modules.linears}
+    planned = planned_importance(option, plan.method, specs)
+    if planned is not None:
+        return planned
+    kept = read_measurement(work.path)
+    if kept is not None:
+        return kept
+
+    def seen(modules: int) -> None:
+        if measuring is not None:
+            measuring(modules, len(specs))
+
+    measured = measure_folder(plan.folder, specs, device=device, seen=seen)
+    write_measurement(work.path, measured)
+    return measured
 
 
 def _write_shards(
@@ -251,7 +317,7 @@ def _write_shards(
     work: WorkFolder,
     device: torch.device,
     scale_dtype: torch.dtype,
-    importance: Mapping[str, Tensor] | None,
+    importance: ChannelImportance,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[dict[str, float], int]:
     errors: dict[str, float] = {}
@@ -294,15 +360,16 @@ def _write_linear(
     writer: SafetensorsWriter,
     device: torch.device,
     scale_dtype: torch.dtype,
-    importance: Mapping[str, Tensor] | None,
+    importance: ChannelImportance,
 ) -> float:
+    weight = plan.folder.files[shard.file].read(tensor).to(device)
     linear, error = quantize_tensor(
-        plan.folder.files[shard.file].read(tensor).to(device),
+        weight,
         planned.spec,
         method=plan.method,
         name=tensor,
         scale_dtype=scale_dtype,
-        importance=None if importance is None else importance.get(planned.name),
+        importance=importance.of(planned.name, weight, planned.spec),
     )
     for name, value in linear.to_tensors(tensor.removesuffix("weight")).items():
         writer.write(name, value)
@@ -336,7 +403,9 @@ def _pass_tensor(
     writer.write_blocks(tensor, blocks())
 
 
-def _write_side_files(plan: CheckpointPlan, work: WorkFolder, errors: dict[str, float]) -> None:
+def _write_side_files(
+    plan: CheckpointPlan, work: WorkFolder, errors: dict[str, float], importance: ChannelImportance
+) -> None:
     for file in plan.folder.side_files():
         shutil.copyfile(file, work.out / file.name)
     if plan.folder.sharded:
@@ -348,6 +417,7 @@ def _write_side_files(plan: CheckpointPlan, work: WorkFolder, errors: dict[str, 
     report = {
         "flute_quant": package_version(),
         "method": plan.method.name,
+        "importance": {"source": importance.source, "note": importance.note},
         "coverage": round(coverage.fraction, 6),
         "not_covered": [{"tensors": p, "count": c, "parameters": n} for p, c, n in coverage.not_covered],
         "kept": coverage.kept,
@@ -393,9 +463,16 @@ def _folder_print(plan: CheckpointPlan | None) -> list[Any]:
     return prints
 
 
-def _importance_print(importance: Mapping[str, Tensor] | None) -> str:
+def _importance_print(kind: str, importance: ImportanceOption) -> str:
+    """What decides about the importance: the pass, or the values themselves."""
+    if kind == "random":
+        import transformers
+
+        return f"random, {SEQUENCES} x {LENGTH}, seed {SEED}, Transformers {transformers.__version__}"
+    if isinstance(importance, str):
+        return kind
     digest = hashlib.sha256()
-    for name, values in sorted((importance or {}).items()):
+    for name, values in sorted(importance.items()):
         digest.update(name.encode())
         digest.update(values.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

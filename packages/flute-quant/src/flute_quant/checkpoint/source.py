@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -88,6 +89,15 @@ class CheckpointFolder:
     def tensor(self, name: str) -> StoredTensor:
         """Dtype, shape and place of a tensor."""
         return self.files[self.location[name]].tensors[name]
+
+    def main_dtype(self) -> str:
+        """The floating-point dtype of most weights, as safetensors calls it; BF16 where there are none."""
+        counts: Counter[str] = Counter()
+        for name in self.location:
+            stored = self.tensor(name)
+            if stored.is_float:
+                counts[stored.dtype] += stored.numel
+        return counts.most_common(1)[0][0] if counts else "BF16"
 
     def side_files(self) -> list[Path]:
         """Tokenizer, generation config and the like: regular files of the folder that hold no weights."""

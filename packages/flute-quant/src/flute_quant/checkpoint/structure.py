@@ -25,21 +25,30 @@ _DEPTH = re.compile(r"^(?!max_).*(layers?$|depth|blocks$)")
 _MAX_COUNT = 1 << 16
 _FREE_DEPTH = 256  # layers that may be announced without tensors: defaults of parts that a checkpoint lacks
 _MAX_NUMBER = 1 << 40
+# An attention implementation may be the name of a kernel on the hub.
+_CODE_KEYS = frozenset(
+    f"{prefix}{key}"
+    for key in ("quantization_config", "auto_map", "attn_implementation", "experts_implementation")
+    for prefix in ("", "_")
+) | {"_attn_implementation_internal", "_experts_implementation_internal"}
 
 
-def build_structure(folder: Path, config: dict[str, Any], tensors: int) -> nn.Module:
+def build_structure(
+    folder: Path, config: dict[str, Any], tensors: int, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """The model that ``config.json`` describes, on the meta device.
 
     Args:
         folder: where the config lies; nothing else of it is read.
         config: its content.
         tensors: how many tensors the checkpoint has, which bounds the number of layers.
+        dtype: of parameters and buffers whose class does not insist on another.
 
     Raises:
         CheckpointError: Transformers does not know the model, or cannot build it.
     """
     _check_counts(folder, config, tensors)
-    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    plain = _without_code(config)
     kind = plain.pop("model_type", None)
     if not isinstance(kind, str):
         raise CheckpointError(f"{folder / 'config.json'} has model_type {kind!r}; expected a name.")
@@ -49,7 +58,7 @@ def build_structure(folder: Path, config: dict[str, Any], tensors: int) -> nn.Mo
         # A third party's code meets a config that nobody vouches for: whatever it raises is a refusal.
         try:
             built = transformers.AutoConfig.for_model(kind, **plain)
-            with torch.device("meta"):
+            with torch.device("meta"), _default_dtype(dtype):
                 model = _model_class(transformers, config)(built)
         except Exception as error:
             raise CheckpointError(
@@ -58,6 +67,16 @@ def build_structure(folder: Path, config: dict[str, Any], tensors: int) -> nn.Mo
             ) from None
     result: nn.Module = model
     return result
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager
@@ -75,6 +94,15 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _without_code(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without what would make Transformers fetch or run code that is not its own."""
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _CODE_KEYS
+    }
 
 
 def _model_class(transformers: Any, config: dict[str, Any]) -> Any:

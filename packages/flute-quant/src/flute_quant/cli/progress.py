@@ -26,6 +26,7 @@ class ProgressView:
         self._last = time.monotonic()
         # Time and progress at the first event: what came before (loading, converting) tells no speed.
         self._base: tuple[float, int] | None = None
+        self._stage = ""
         self._bar: Bar | None = None
         if self._console.is_terminal:
             self._bar = Bar(
@@ -55,14 +56,27 @@ class ProgressView:
         else:
             print(message, file=sys.stderr, flush=True)
 
+    def measuring(self, done: int, total: int) -> None:
+        """The pass that measures the importance of input channels has reached some modules."""
+        self._begin("measuring")
+        self.step("measuring input channels", done, total)
+
     def quantized(self, event: Progress) -> None:
         """A module is finished."""
+        self._begin("quantizing")
         if event.error is None:
             self._base = None  # files taken over took no time
             label = f"{event.name} was finished before"
         else:
             label = f"{event.name}  error {event.error:.4f}"
         self.step(label, event.done, event.total)
+
+    def _begin(self, stage: str) -> None:
+        """Forget the speed of another stage."""
+        if self._stage != stage:
+            self._stage, self._base = stage, None
+            if self._bar is not None:
+                self._bar.reset(self._task)
 
     def step(self, label: str, done: int, total: int) -> None:
         """``done`` of ``total`` are finished."""

@@ -20,6 +20,7 @@ from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.cli.progress import ProgressView
 from flute_quant.cli.text import counted, duration, size
 from flute_quant.codebooks import load_table
+from flute_quant.importance import IMPORTANCE_OPTIONS, load_importance
 from flute_quant.methods import ALIASES, method_names, methods, table_method
 from flute_quant.patterns import parse_override
 
@@ -65,6 +66,14 @@ def add_parser(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="your own table (.json or .safetensors) instead of a method's",
+    )
+    p.add_argument(
+        "--importance",
+        default="auto",
+        metavar="SOURCE",
+        help="what errors of each input channel cost: random (measured with random tokens), columns "
+        "(guessed from the weights), none, a .safetensors file of one tensor a module, or auto "
+        "(random where the method is made for it; default)",
     )
     p.add_argument(
         "--override",
@@ -119,10 +128,13 @@ def _run(options: argparse.Namespace) -> int:
         "dtype": options.dtype,
         "scale_dtype": getattr(torch, options.scale_dtype),
     }
+    importance = options.importance
+    if importance not in IMPORTANCE_OPTIONS and importance.endswith(".safetensors"):
+        importance = load_importance(importance)
     if options.dry_run:
         with plan_checkpoint(options.src, spec, **choices) as plan:
             plan.coverage.require(options.min_coverage)
-            seconds = estimate_seconds(plan, options.device)
+            seconds = estimate_seconds(plan, options.device, importance)
             _print_notes({p.name: p.note for p in plan.modules.linears if p.note}, plan.coverage)
             print(
                 f"Would write {size(plan.output_bytes)} ({size(plan.source_bytes)} before), "
@@ -140,6 +152,8 @@ def _run(options: argparse.Namespace) -> int:
             device=options.device,
             min_coverage=options.min_coverage,
             overwrite=options.overwrite,
+            importance=importance,
+            measuring=view.measuring,
             progress=view.quantized,
             say=view.say,
         )
@@ -149,14 +163,23 @@ def _run(options: argparse.Namespace) -> int:
 
 def _print_report(report: CheckpointReport) -> None:
     _print_notes(report.notes, report.coverage)
+    if report.importance_note is not None:
+        print(report.importance_note)
     worst = max(report.errors, key=lambda name: report.errors[name])
+    method = report.method + _weighting(report)
     print(
         f"Wrote {report.path}: {size(report.output_bytes)} ({size(report.source_bytes)} before), "
         f"{report.bits_per_weight:.3f} bits a quantized weight with scales and tables, "
-        f"{counted(len(report.errors), 'linear')}, method {report.method}, in {duration(report.seconds)}."
+        f"{counted(len(report.errors), 'linear')}, method {method}, in {duration(report.seconds)}."
     )
     mean = sum(report.errors.values()) / len(report.errors)
     print(f"Relative squared error: {mean:.4f} in the mean, {report.errors[worst]:.4f} at most ({worst}).")
+
+
+def _weighting(report: CheckpointReport) -> str:
+    """Where importance came from, for the end of "method signed"."""
+    known = {"random tokens": "random tokens", "columns": "columns", "given": "the importance given"}
+    return f" weighted by {known[report.importance]}" if report.importance in known else ""
 
 
 def _print_notes(notes: dict[str, str], coverage: Coverage) -> None:

@@ -4,6 +4,7 @@ from flute_quant.codebooks.grids import float_table, int_table
 from flute_quant.codebooks.lloyd_max import lloyd_max_table
 from flute_quant.codebooks.lloyd_pairs import lloyd_pairs_table
 from flute_quant.codebooks.normalfloat import normalfloat_table
+from flute_quant.codebooks.signed import signed_table
 from flute_quant.codebooks.tables import cartesian_square, stored_table
 from flute_quant.codebooks.user import check_table, load_table, table_values
 
@@ -16,6 +17,7 @@ __all__ = [
     "lloyd_pairs_table",
     "load_table",
     "normalfloat_table",
+    "signed_table",
     "stored_table",
     "table_values",
 ]

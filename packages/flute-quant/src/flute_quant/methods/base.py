@@ -109,6 +109,10 @@ class Method(Protocol):
     def identity(self) -> str:
         """All that decides about its results, as text that is the same in every process."""
 
+    @property
+    def wants_importance(self) -> bool:
+        """Whether it is made for the importance of input channels, so that ``"auto"`` measures it."""
+
     def table_dtype(self, spec: QuantSpec) -> torch.dtype:
         """The dtype of the one table that :meth:`encode` will return: known before any weight is read."""
 

@@ -7,16 +7,24 @@ over the cores costs a barrier an operator, which on a busy machine waits for wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 
-__all__ = ["map_chunks"]
+__all__ = ["map_chunks", "ordinary_tensors"]
 
 T = TypeVar("T")
 Chunk = tuple[int, int]
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """No gradients, and results that may be used with gradients later; torch keeps both modes per thread."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def map_chunks(work: Callable[[int, int], T], chunks: Sequence[Chunk], device: torch.device) -> list[T]:
@@ -26,7 +34,7 @@ def map_chunks(work: Callable[[int, int], T], chunks: Sequence[Chunk], device: t
         return [work(*chunk) for chunk in chunks]
 
     def guarded(chunk: Chunk) -> T:
-        with torch.inference_mode():
+        with ordinary_tensors():
             return work(*chunk)
 
     pool = ThreadPoolExecutor(threads, initializer=_serial)

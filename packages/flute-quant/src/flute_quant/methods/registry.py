@@ -14,6 +14,7 @@ from flute_quant.codebooks import (
     lloyd_max_table,
     lloyd_pairs_table,
     normalfloat_table,
+    signed_table,
     table_values,
 )
 from flute_quant.errors import QuantizationError
@@ -42,6 +43,15 @@ _LLOYD = _scalar(lloyd_max_table)
 
 _METHODS: dict[str, Method] = {}
 for _method in (
+    TableMethod(
+        "signed",
+        "table for signed scales, errors weighted by the weight's magnitude and the inputs'",
+        _scalar(signed_table),
+        # 25 steps of 1/24 octave, the 22nd of which maps the largest weight exactly onto the +1. No
+        # refit: it would trade the exact largest weight for squared error, which models do not like.
+        Search(Loss(keep=0.5), candidates=25, span=(2 ** (-21 / 24), 2 ** (3 / 24)), refits=0, signed=True),
+        wants_importance=True,
+    ),
     TableMethod("nf", "NormalFloat, scaled by the largest weight of a group", _NORMALFLOAT, AbsMax()),
     TableMethod(
         "nf-search", "NormalFloat, signed scale of least squared error", _NORMALFLOAT, Search(signed=True)
@@ -74,8 +84,10 @@ for _method in (
 ):
     _METHODS[_method.name] = _method
 
-ALIASES = {"default": "nf"}
+ALIASES = {"default": "signed"}
 """Names that stand for another; checkpoints record the name that they stood for."""
+
+_ALIASES_OF_PAIRS = {"default": "lloyd-pairs"}
 
 
 def methods() -> dict[str, Method]:
@@ -93,15 +105,20 @@ def register_method(method: Method) -> None:
     _METHODS[method.name] = method
 
 
-def resolve_method(method: str | Method) -> Method:
+def resolve_method(method: str | Method, spec: QuantSpec | None = None) -> Method:
     """A method by name or alias; a method itself is given back.
+
+    Args:
+        method: ``"default"`` is ``signed``, and ``lloyd-pairs`` where ``spec`` asks for vectors of 2.
+        spec: of the weights, or of most of them.
 
     Raises:
         QuantizationError: no method has that name.
     """
     if not isinstance(method, str):
         return method
-    name = ALIASES.get(method, method)
+    aliases = _ALIASES_OF_PAIRS if spec is not None and spec.vector_size == 2 else ALIASES
+    name = aliases.get(method, method)
     if name not in _METHODS:
         raise QuantizationError(f"The method {method!r} is unknown; there are {', '.join(method_names())}.")
     return _METHODS[name]

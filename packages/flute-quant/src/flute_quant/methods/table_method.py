@@ -52,6 +52,7 @@ class TableMethod:
         scales: :class:`AbsMax` or :class:`Search`.
         exact: keep table values that float16 cannot hold, in float32.
         table_key: tells tables apart that share a name.
+        wants_importance: see :class:`~flute_quant.methods.base.Method`.
     """
 
     name: str
@@ -60,6 +61,7 @@ class TableMethod:
     scales: AbsMax | Search
     exact: bool = False
     table_key: str = ""
+    wants_importance: bool = False
 
     @property
     def identity(self) -> str:
@@ -128,7 +130,8 @@ class TableMethod:
         _check_underflow(scales, energy, rows.name)
         if table.ndim == 1:
             table = cartesian_square(table) if spec.vector_size == 2 else table[:, None]
-        return Encoded(codes, scales, table[None].to(device), error, energy)
+        # A copy: the table at hand is shared by every weight of this process.
+        return Encoded(codes, scales, table[None].to(device, copy=True), error, energy)
 
     def _learn(
         self,

@@ -1,0 +1,56 @@
+"""Where and with what a figure was measured, and the file that keeps it."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flute_kernels import build_info
+
+__all__ = ["add_argument", "cpu_model", "save"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_model() -> str:
+    """The processor's name, with what tells generations apart where the name alone does not."""
+    try:
+        fields = dict(
+            re.findall(r"^([^\t\n]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M)
+        )
+    except OSError:
+        fields = {}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    family = f", family {fields['cpu family']} model {fields['model']}" if "cpu family" in fields else ""
+    return f"{name}{family}, {torch.get_num_threads()} threads"
+
+
+def add_argument(parser: argparse.ArgumentParser) -> None:
+    """The option that :func:`save` obeys."""
+    parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results/")
+
+
+def save(name: str, figures: Any) -> None:
+    """Write ``figures`` with machine, versions and date to ``benchmarks/results/<name>-<date>.json``."""
+    packages = ("flute-kernels", "torch", "transformers")
+    date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
+    record = {
+        "date": date,
+        "cpu": cpu_model(),
+        "cpu_isa": build_info().cpu_isa,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+        "figures": figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{date}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"saved {path}")

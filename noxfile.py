@@ -1,0 +1,114 @@
+"""Every developer verb. ``nox -l`` lists them; CONTRIBUTING.md says when to use which."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+# pip and virtualenv, not uv: a machine's pip may be set up to find a CPU build of torch.
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["lint", "typecheck", "tests"]
+
+ROOT = Path(__file__).parent
+PACKAGES = ("flute-kernels", "flute-quant", "flute-hf", "flute-vllm")  # in the order of their dependencies
+PYTHON_FILES = ("noxfile.py", "packages", "examples", "benchmarks", "tests")
+CONSTRAINTS = ("-c", "ci/constraints.txt")
+WORK = ".nox/work"  # one environment for all that needs torch: it is large
+
+_installed: set[str] = set()
+
+
+def install_packages(session: nox.Session, *more: str) -> None:
+    """The four packages as a user gets them (built wheels, not links to the source), and ``more``."""
+    if "packages" not in _installed:
+        # Two steps: without dependencies first, so that the pins between the packages find each other.
+        session.install("--no-deps", "--force-reinstall", *(f"./packages/{name}" for name in PACKAGES))
+        session.install(*CONSTRAINTS, *(f"./packages/{name}[test]" for name in PACKAGES))
+        _installed.add("packages")
+    if more:
+        session.install(*CONSTRAINTS, *more)
+
+
+@nox.session(venv_location=WORK)
+def demo(session: nox.Session) -> None:
+    """Quantize a small real model, generate with it, and print a table of quality, size and speed."""
+    install_packages(session, "-r", "examples/requirements.txt")
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session(venv_location=WORK)
+@nox.parametrize("package", [nox.param(name, id=name) for name in (*PACKAGES, "e2e")])
+def tests(session: nox.Session, package: str) -> None:
+    """The tests of every package, or of one: ``nox -s "tests(flute-quant)"``."""
+    install_packages(session, "-r", "examples/requirements.txt")
+    folder = "tests/e2e" if package == "e2e" else f"packages/{package}/tests"
+    session.run("pytest", folder, *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style: ruff for Python, clang-format for C++. ``nox -s lint -- --fix`` repairs what it can."""
+    session.install(*CONSTRAINTS, "ruff", "clang-format")
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), *PYTHON_FILES)
+    session.run("ruff", "format", *([] if fix else ["--check"]), *PYTHON_FILES)
+    sources = sorted(
+        str(path)
+        for path in (ROOT / "packages/flute-kernels/csrc").rglob("*")
+        if path.suffix in {".h", ".inl", ".cpp", ".cu", ".cuh"}
+    )
+    session.run("clang-format", *(["-i"] if fix else ["--dry-run", "--Werror"]), *sources)
+
+
+@nox.session(venv_location=WORK)
+def typecheck(session: nox.Session) -> None:
+    """mypy --strict over the packages."""
+    install_packages(session, "mypy")
+    for name in PACKAGES:
+        session.run("mypy", f"packages/{name}/src")
+
+
+@nox.session
+def sdist(session: nox.Session) -> None:
+    """Source archive -> wheel -> import, for every package, with nothing of this checkout in between."""
+    session.install(*CONSTRAINTS, "build")
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for name in PACKAGES:
+        session.run("python", "-m", "build", "--outdir", str(dist), f"packages/{name}")
+    session.install(
+        *CONSTRAINTS, "--force-reinstall", "--no-deps", *(str(wheel) for wheel in sorted(dist.glob("*.whl")))
+    )
+    session.install(*CONSTRAINTS, *(str(wheel) for wheel in sorted(dist.glob("*.whl"))))
+    session.run("python", str(ROOT / "ci/check_dist.py"), str(dist))
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build the wheels of ci/wheels.json into dist/: ``nox -s wheels``, or ``-- cpu`` for one label."""
+    labels = {entry["label"]: entry for entry in json.loads((ROOT / "ci/wheels.json").read_text())["kernels"]}
+    wanted = session.posargs or ["cpu"]
+    for label in wanted:
+        if label not in labels:
+            session.error(f"{label!r} is not in ci/wheels.json; it has {', '.join(labels)}.")
+    session.install(*CONSTRAINTS, "build")
+    for label in wanted:
+        session.run("python", "-m", "build", "--wheel", "--outdir", f"dist/{label}", "packages/flute-kernels")
+    for name in PACKAGES[1:]:
+        session.run("python", "-m", "build", "--wheel", "--outdir", "dist", f"packages/{name}")
+
+
+@nox.session(venv_location=WORK)
+def bench(session: nox.Session) -> None:
+    """Measure: ``nox -s bench -- cpu`` for the CPU kernels and whole-model generation."""
+    what, *rest = session.posargs or ["cpu"]
+    install_packages(session, "-r", "examples/requirements.txt")
+    if what != "cpu":
+        session.error(f"{what!r} is not a benchmark; there is cpu.")
+    session.run("python", "benchmarks/cpu_linears.py", *rest)
+    session.run("python", "benchmarks/generation.py", *rest)

@@ -1,0 +1,65 @@
+"""What the operators ask of their arguments on every device, before anything is read."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flute_kernels.errors import FluteError, FormatError, UnsupportedError
+from flute_kernels.format.spec import MAX_HADAMARD
+
+__all__ = ["ACTIVATION_DTYPES", "DTYPES", "check_dtype", "check_hadamard", "check_qgemm"]
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Activation dtypes, with the kernels' number of each."""
+ACTIVATION_DTYPES = tuple(DTYPES)
+"""Dtypes that x, bias and results may have."""
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise UnsupportedError unless weights can be dequantized to ``dtype``."""
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"dtype is {dtype}; supported are float32, float16 and bfloat16.")
+
+
+def check_qgemm(x: Tensor, codes: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> None:
+    """x and bias fit a weight ``[out_features, in_features]``."""
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.device != codes.device:
+            raise FormatError(
+                f"{name} is on {tensor.device}, the weight on {codes.device}; expected the same device."
+            )
+    refusal = _qgemm_refusal(x, out_features, in_features, bias)
+    if refusal is not None:
+        raise refusal
+
+
+def _qgemm_refusal(x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> FluteError | None:
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        return FormatError(
+            f"x has shape {list(x.shape)}; its last dimension must be in_features = {in_features}."
+        )
+    if x.dtype not in DTYPES:
+        return UnsupportedError(f"x is {x.dtype}; supported are float32, float16 and bfloat16.")
+    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype not in DTYPES):
+        return FormatError(
+            f"bias is {bias.dtype} {list(bias.shape)}; "
+            f"expected float32, float16 or bfloat16 [{out_features}]."
+        )
+    return None
+
+
+def check_hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> None:
+    """x and signs fit a rotation in blocks of ``block_size``."""
+    if block_size < 2 or block_size > MAX_HADAMARD or block_size & (block_size - 1):
+        raise FormatError(f"block_size is {block_size}; expected a power of two from 2 to {MAX_HADAMARD}.")
+    if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % block_size:
+        raise FormatError(
+            f"x has shape {list(x.shape)}; its last dimension must be a multiple of {block_size}."
+        )
+    if x.dtype not in DTYPES:
+        raise UnsupportedError(f"x is {x.dtype}; supported are float32, float16 and bfloat16.")
+    if signs is not None and (tuple(signs.shape) != (x.shape[-1],) or signs.dtype != torch.float32):
+        raise FormatError(f"signs is {signs.dtype} {list(signs.shape)}; expected float32 [{x.shape[-1]}].")
+    if signs is not None and signs.device != x.device:
+        raise FormatError(f"signs is on {signs.device}, x on {x.device}; expected the same device.")

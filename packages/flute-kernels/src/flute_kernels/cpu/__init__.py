@@ -1,0 +1,1 @@
+"""CPU tensors: the weight layout, its memory, and the operators."""
