@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import nox
@@ -18,36 +20,53 @@ ROOT = Path(__file__).parent
 PACKAGES = ("flute-kernels", "flute-quant", "flute-hf", "flute-vllm")  # in the order of their dependencies
 PYTHON_FILES = ("noxfile.py", "packages", "examples", "benchmarks", "tests")
 CONSTRAINTS = ("-c", "ci/constraints.txt")
-WORK = ".nox/work"  # one environment for all that needs torch: it is large
+WORK = ROOT / ".nox/work"
 
-_installed: set[str] = set()
+_ready: set[str] = set()
 
 
-def install_packages(session: nox.Session, *more: str) -> None:
-    """The four packages as a user gets them (built wheels, not links to the source), and ``more``."""
-    if "packages" not in _installed:
-        # Two steps: without dependencies first, so that the pins between the packages find each other.
-        session.install("--no-deps", "--force-reinstall", *(f"./packages/{name}" for name in PACKAGES))
-        session.install(*CONSTRAINTS, *(f"./packages/{name}[test]" for name in PACKAGES))
-        _installed.add("packages")
+def run(session: nox.Session, program: str, *arguments: str, env: dict[str, str] | None = None) -> None:
+    """Run a program of the environment that the sessions with torch share."""
+    session.run(str(WORK / "bin" / program), *arguments, external=True, env=env)
+
+
+def install(session: nox.Session, *more: str) -> None:
+    """Install the four packages as a user gets them (built wheels, no links to the source), and ``more``.
+
+    torch is large, so one environment in ``.nox/work`` serves every session that needs it. Delete it to
+    begin anew.
+    """
+    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    if "packages" not in _ready:
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(WORK), external=True)
+        # Without dependencies first, so that the pins between the packages find each other.
+        run(session, "python", *pip, "--no-deps", "--force-reinstall", *(f"./packages/{p}" for p in PACKAGES))
+        run(session, "python", *pip, *CONSTRAINTS, *(f"./packages/{p}[test]" for p in PACKAGES))
+        _ready.add("packages")
     if more:
-        session.install(*CONSTRAINTS, *more)
+        run(session, "python", *pip, *CONSTRAINTS, *more)
 
 
-@nox.session(venv_location=WORK)
+@nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Quantize a small real model, generate with it, and print a table of quality, size and speed."""
-    install_packages(session, "-r", "examples/requirements.txt")
-    session.run("python", "examples/demo.py", *session.posargs)
+    install(session, "-r", "examples/requirements.txt")
+    run(session, "python", "examples/demo.py", *session.posargs)
 
 
-@nox.session(venv_location=WORK)
+@nox.session(venv_backend="none")
 @nox.parametrize("package", [nox.param(name, id=name) for name in (*PACKAGES, "e2e")])
 def tests(session: nox.Session, package: str) -> None:
     """The tests of every package, or of one: ``nox -s "tests(flute-quant)"``."""
-    install_packages(session, "-r", "examples/requirements.txt")
+    install(session, "-r", "examples/requirements.txt")
     folder = "tests/e2e" if package == "e2e" else f"packages/{package}/tests"
-    session.run("pytest", folder, *session.posargs)
+    # Tests run beside other work; waiting threads that spin would take its cores, and ours.
+    env = {"OMP_WAIT_POLICY": "passive"}
+    if package == "flute-hf":
+        run(session, "python", "examples/smollm2.py")  # converts it once, into the cache
+        cache = Path(os.environ.get("FLUTE_CACHE", ROOT / ".cache"))
+        env["FLUTE_TEST_MODEL"] = str(cache / "SmolLM2-135M-Instruct")
+    run(session, "pytest", folder, *session.posargs, env=env)
 
 
 @nox.session
@@ -65,12 +84,12 @@ def lint(session: nox.Session) -> None:
     session.run("clang-format", *(["-i"] if fix else ["--dry-run", "--Werror"]), *sources)
 
 
-@nox.session(venv_location=WORK)
+@nox.session(venv_backend="none")
 def typecheck(session: nox.Session) -> None:
     """mypy --strict over the packages."""
-    install_packages(session, "mypy")
+    install(session, "mypy")
     for name in PACKAGES:
-        session.run("mypy", f"packages/{name}/src")
+        run(session, "mypy", f"packages/{name}/src")
 
 
 @nox.session
@@ -103,12 +122,12 @@ def wheels(session: nox.Session) -> None:
         session.run("python", "-m", "build", "--wheel", "--outdir", "dist", f"packages/{name}")
 
 
-@nox.session(venv_location=WORK)
+@nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measure: ``nox -s bench -- cpu`` for the CPU kernels and whole-model generation."""
     what, *rest = session.posargs or ["cpu"]
-    install_packages(session, "-r", "examples/requirements.txt")
+    install(session, "-r", "examples/requirements.txt")
     if what != "cpu":
         session.error(f"{what!r} is not a benchmark; there is cpu.")
-    session.run("python", "benchmarks/cpu_linears.py", *rest)
-    session.run("python", "benchmarks/generation.py", *rest)
+    run(session, "python", "benchmarks/cpu_linears.py", *rest)
+    run(session, "python", "benchmarks/generation.py", *rest)

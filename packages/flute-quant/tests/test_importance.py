@@ -211,10 +211,11 @@ def test_a_model_that_cannot_be_run_is_quantized_and_that_is_said(tmp_path: Path
             {"num_attention_heads": 50000, "max_position_embeddings": 9999},
             "bytes of activations (800000 chan",
         ),
+        ({"vocab_size": 10**12}, "[128, 64] in the checkpoint, not [1000000000000, 64]"),
         ({"hidden_size": 96}, "model.norm.weight is [64] in the checkpoint, not [96]"),
         ({"hidden_act": "relu6"}, None),
     ],
-    ids=["fails", "too large", "other shapes", "runs"],
+    ids=["fails", "too large", "vocabulary", "other shapes", "runs"],
 )
 def test_a_config_that_fails_in_the_pass_costs_the_measurement_only(
     copy_of: Checkpoints, tmp_path: Path, change: dict[str, object], reason: str | None
