@@ -29,7 +29,9 @@ import measure
 import smollm2
 
 TEXT = "The history of the locomotive begins in the mines, where wagons ran on wooden rails."
-LARGEST_LOGIT_ERROR = 0.02  # of the largest logit; both sides round to bfloat16 in every layer
+# Of the largest logit. In bfloat16 both sides round in each of thirty layers, and the dequantized weights
+# are rounded too, which FLUTE's are not.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 def main() -> None:
@@ -68,8 +70,10 @@ def check(model: Any, dense: Any, prompt: torch.Tensor) -> None:
     with torch.inference_mode():
         found, expected = (m(prompt).logits.float() for m in (model, dense))
     error = float((found - expected).abs().max() / expected.abs().max())
-    if not error < LARGEST_LOGIT_ERROR:
-        raise SystemExit(f"Logits differ from the dequantized model's by {error:.3f} of the largest.")
+    if not error < TOLERANCE[model.dtype]:
+        raise SystemExit(
+            f"{model.dtype} logits differ from the dequantized model's by {error:.2e} of the largest."
+        )
 
 
 if __name__ == "__main__":
