@@ -160,7 +160,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="FLUTE from end to end on a CPU.")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3], choices=(2, 3, 4))
-    parser.add_argument("--windows", type=int, default=8, metavar="N", help="of the text (default 8)")
+    parser.add_argument("--windows", type=int, default=24, metavar="N", help="of the text (default 24)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="timed, three times (default 32)")
     return parser.parse_args()
 
