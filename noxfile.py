@@ -21,6 +21,8 @@ PACKAGES = ("flute-kernels", "flute-quant", "flute-hf", "flute-vllm")  # in the 
 PYTHON_FILES = ("noxfile.py", "packages", "examples", "benchmarks", "tests")
 CONSTRAINTS = ("-c", "ci/constraints.txt")
 WORK = ROOT / ".nox/work"
+# For tests, which run beside other work: waiting threads that spin would take its cores, and their own.
+PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 
 _ready: set[str] = set()
 
@@ -60,13 +62,22 @@ def tests(session: nox.Session, package: str) -> None:
     """The tests of every package, or of one: ``nox -s "tests(flute-quant)"``."""
     install(session, "-r", "examples/requirements.txt")
     folder = "tests/e2e" if package == "e2e" else f"packages/{package}/tests"
-    # Tests run beside other work; waiting threads that spin would take its cores, and ours.
-    env = {"OMP_WAIT_POLICY": "passive"}
+    env = dict(PASSIVE)
     if package == "flute-hf":
         run(session, "python", "examples/smollm2.py")  # converts it once, into the cache
         cache = Path(os.environ.get("FLUTE_CACHE", ROOT / ".cache"))
         env["FLUTE_TEST_MODEL"] = str(cache / "SmolLM2-135M-Instruct")
     run(session, "pytest", folder, *session.posargs, env=env)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The tests of flute-quant and flute-hf with the oldest Transformers that they support."""
+    session.install("--no-deps", "--force-reinstall", *(f"./packages/{name}" for name in PACKAGES))
+    constraints = ("-c", "ci/constraints-oldest.txt")
+    session.install(*constraints, *(f"./packages/{name}[test]" for name in PACKAGES))
+    for name in ("flute-quant", "flute-hf"):
+        session.run("pytest", f"packages/{name}/tests", *session.posargs, env=PASSIVE)
 
 
 @nox.session

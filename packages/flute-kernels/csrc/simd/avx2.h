@@ -11,7 +11,8 @@ namespace {
 struct Simd {
   static constexpr int W = 8;
   static constexpr int kMaxMr = 4;
-  static constexpr int kChains = 4;    // independent sums of a matrix-vector product
+  static constexpr int kChains = 4;  // independent sums of a matrix-vector product
+  static constexpr bool kByteTable = false;
   static constexpr int kGemmMr = 6;    // 6 x 2 accumulators, 2 weights, 1 x: 15 of 16 registers
   static constexpr int kGemmStep = 3;  // a last tile has a multiple of this many rows
   static constexpr int kGemmVr = 2;

@@ -11,7 +11,8 @@ namespace {
 struct Simd {
   static constexpr int W = 4;
   static constexpr int kMaxMr = 8;
-  static constexpr int kChains = 8;    // independent sums of a matrix-vector product
+  static constexpr int kChains = 8;  // independent sums of a matrix-vector product
+  static constexpr bool kByteTable = false;
   static constexpr int kGemmMr = 6;    // 6 x 4 accumulators, 4 weights, x by lane: 30 of 32 registers
   static constexpr int kGemmStep = 3;  // a last tile has a multiple of this many rows
   static constexpr int kGemmVr = 4;

@@ -18,8 +18,9 @@ namespace {
 
 struct Simd {
   static constexpr int W = 4;
-  static constexpr int kMaxMr = 4;     // rows of x that one pass over the codes serves
-  static constexpr int kChains = 4;    // independent sums of a matrix-vector product
+  static constexpr int kMaxMr = 4;           // rows of x that one pass over the codes serves
+  static constexpr int kChains = 4;          // independent sums of a matrix-vector product
+  static constexpr bool kByteTable = false;  // whether Table<256> looks up the four bytes of a word at once
   static constexpr int kGemmMr = 2;    // rows of x in a register tile: 2 x 4 accumulators of 16 registers
   static constexpr int kGemmStep = 1;  // a last tile has a multiple of this many rows
   static constexpr int kGemmVr = 4;    // vectors of output rows in a register tile

@@ -71,6 +71,17 @@ template <int Bits, int P, class Fn>
 FLUTE_INLINE void decode32(const uint32_t* words, const Tables<Bits, P>& tables, Fn&& fn) {
   if constexpr (P == 1) {
     unroll<32>([&](auto k) FLUTE_LAMBDA_INLINE { fn(k, tables.value(code<Bits, k.value>(words))); });
+  } else if constexpr (Bits == 4 && S::kByteTable) {
+    unroll<4>([&](auto word) FLUTE_LAMBDA_INLINE {
+      const I codes = S::loadi(words + word.value * kBlock);
+      F even[4], odd[4];
+      tables.even(codes, even);
+      tables.odd(codes, odd);
+      unroll<4>([&](auto j) FLUTE_LAMBDA_INLINE {
+        fn(Int<8 * word.value + 2 * j.value>{}, even[j.value]);
+        fn(Int<8 * word.value + 2 * j.value + 1>{}, odd[j.value]);
+      });
+    });
   } else {
     unroll<16>([&](auto j) FLUTE_LAMBDA_INLINE {
       const I index = code<2 * Bits, j.value>(words);
