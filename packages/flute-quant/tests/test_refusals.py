@@ -167,6 +167,7 @@ def test_pickled_weights_are_never_loaded(copy_of: Copy, tmp_path: Path, leaves_
 def test_folders_that_are_no_checkpoints(tmp_path: Path) -> None:
     empty = tmp_path / "source-empty"
     refused(empty, tmp_path / "out", "is no folder")
+    refused(Path("someone/model"), tmp_path / "out", "hf download someone/model --local-dir model")
     empty.mkdir()
     refused(empty, tmp_path / "out", "no config.json")
     (empty / "config.json").write_text("{}")

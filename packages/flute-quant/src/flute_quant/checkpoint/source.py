@@ -64,7 +64,10 @@ class CheckpointFolder:
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise CheckpointError(f"{folder} is no folder.")
+            hint = ""
+            if len(folder.parts) == 2 and not folder.parent.exists():  # looks like a name on the model hub
+                hint = f" Fetch a model of the hub first: hf download {folder} --local-dir {folder.name}"
+            raise CheckpointError(f"{folder} is no folder.{hint}")
         if not (folder / "config.json").exists():
             raise CheckpointError(f"{folder} has no config.json; expected a Hugging Face checkpoint folder.")
         config = read_json(_inside(folder, "config.json"))
