@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -254,9 +256,9 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(checkpoints: Checkpoint
     quantize_checkpoint(checkpoints("llama"), tmp_path / "out")
     path = [p for p in sys.path if p]
     program = (
-        f"import sys; sys.path[:0] = {path!r}\n"
+        f"import select, sys; sys.path[:0] = {path!r}\n"
         "from flute_quant.cli import main\n"
-        "print('x' * 100_000)\n"  # more than a pipe holds: the reader is gone before the table comes
+        "gone = select.poll(); gone.register(1, 0); gone.poll()\n"  # until the reader has closed the pipe
         f"sys.exit(main(['inspect', {str(tmp_path / 'out')!r}]))"
     )
     process = subprocess.Popen(
@@ -264,11 +266,25 @@ def test_a_reader_that_has_seen_enough_gets_no_traceback(checkpoints: Checkpoint
     )
     assert process.stdout is not None
     assert process.stderr is not None
-    process.stdout.read(100_001)
     process.stdout.close()
     errors = process.stderr.read().decode()
     process.stderr.close()
     assert (process.wait(), errors) == (1, "")
+
+
+def test_a_reader_that_leaves_before_the_last_line_is_flushed_is_no_error_of_python_at_exit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(options: argparse.Namespace) -> int:
+        print("a line that waits in the buffer")
+        return 0
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr("flute_quant.cli.inspect._run", run)
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert main(["inspect", "anything"]) == 1
 
 
 def test_numbers_are_printed_for_people() -> None:

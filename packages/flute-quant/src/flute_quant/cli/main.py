@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
-        return int(options.run(options))
+        status = int(options.run(options))
+        sys.stdout.flush()  # here, where a reader that is gone is caught; not when Python exits
+        return status
     except FluteError as error:
         print(f"flute-quant: {error}", file=sys.stderr)
     except BrokenPipeError:
