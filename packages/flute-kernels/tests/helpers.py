@@ -61,7 +61,7 @@ def random_layer(
 
 def operands(weight: LutWeight) -> tuple[Any, ...]:
     """What the operators take of a weight: tensors in the kernels' layout, then numbers."""
-    return (weight._codes, weight._scales, weight._tables, weight._table_of_block, *weight._numbers)
+    return tuple(weight._packed)
 
 
 def dense_weight(codes: Tensor, scales: Tensor, codebook: Tensor) -> Tensor:

@@ -47,13 +47,12 @@ for isa in fk._C.available_isas():
         stored = fk.QuantizedLinear.from_codes(
             codes, torch.rand(n, k // 32).half(), torch.randn(tables, spec.table_entries, p), spec)
         weight = fk.LutWeight.from_linear(stored)
-        layout = (weight._codes, weight._scales, weight._tables, weight._table_of_block)
-        layout = [None if t is None else at_the_end(t) for t in layout]
+        packed = [at_the_end(t) if isinstance(t, torch.Tensor) else t for t in weight._packed]
         for m, dtype in itertools.product((1, 2, 3, 7, 19), (torch.float32, torch.float16, torch.bfloat16)):
             x, bias = at_the_end(torch.randn(m, k).to(dtype)), at_the_end(torch.randn(n).to(dtype))
-            assert fk.qgemm(x, *layout, *weight._numbers, bias).isfinite().all()
+            assert fk.qgemm(x, *packed, bias).isfinite().all()
             calls += 1
-        fk.dequantize(*layout, *weight._numbers, torch.float16)
+        fk.dequantize(*packed, torch.float16)
     for block, dtype in itertools.product((2, 8, 32), (torch.float32, torch.float16, torch.bfloat16)):
         x, signs = at_the_end(torch.randn(3, 96).to(dtype)), at_the_end(torch.ones(96))
         fk.hadamard(x, signs, block)

@@ -13,22 +13,11 @@ from flute_hf.linear import FluteLinear
 from flute_hf.modules import plain_linears
 from flute_hf.quantization import parameter_names
 from flute_kernels import FormatError, QuantizationConfig, QuantizedLinear, QuantSpec
+from flute_quant.checkpoint.safetensors_reader import DTYPES
 
 __all__ = ["StoredModel"]
 
 _CODES = ".qweight"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +48,7 @@ class StoredModel:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118 - not a mapping
                         entry = opened.get_slice(name)
-                        dtype = _DTYPES.get(entry.get_dtype(), torch.complex64)  # stands for any other
+                        dtype = DTYPES.get(entry.get_dtype(), torch.complex64)  # stands for any other
                         tensors[name] = torch.empty(entry.get_shape(), dtype=dtype, device="meta")
             except (SafetensorError, OSError) as error:
                 raise FormatError(f"{file} cannot be read as safetensors: {error}.") from None

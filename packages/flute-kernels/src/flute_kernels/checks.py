@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flute_kernels.errors import FluteError, FormatError, UnsupportedError
+from flute_kernels.errors import FormatError, UnsupportedError
 from flute_kernels.format.spec import MAX_HADAMARD
+from flute_kernels.packed import PackedWeight
 
 __all__ = ["ACTIVATION_DTYPES", "DTYPES", "check_dtype", "check_hadamard", "check_qgemm"]
 
@@ -22,31 +23,22 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise UnsupportedError(f"dtype is {dtype}; supported are float32, float16 and bfloat16.")
 
 
-def check_qgemm(x: Tensor, codes: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> None:
-    """x and bias fit a weight ``[out_features, in_features]``."""
+def check_qgemm(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    """x and bias fit the weight."""
+    n, k, device = weight.out_features, weight.in_features, weight.codes.device
     for name, tensor in (("x", x), ("bias", bias)):
-        if tensor is not None and tensor.device != codes.device:
+        if tensor is not None and tensor.device != device:
             raise FormatError(
-                f"{name} is on {tensor.device}, the weight on {codes.device}; expected the same device."
+                f"{name} is on {tensor.device}, the weight on {device}; expected the same device."
             )
-    refusal = _qgemm_refusal(x, out_features, in_features, bias)
-    if refusal is not None:
-        raise refusal
-
-
-def _qgemm_refusal(x: Tensor, out_features: int, in_features: int, bias: Tensor | None) -> FluteError | None:
-    if x.ndim == 0 or x.shape[-1] != in_features:
-        return FormatError(
-            f"x has shape {list(x.shape)}; its last dimension must be in_features = {in_features}."
-        )
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise FormatError(f"x has shape {list(x.shape)}; its last dimension must be in_features = {k}.")
     if x.dtype not in DTYPES:
-        return UnsupportedError(f"x is {x.dtype}; supported are float32, float16 and bfloat16.")
-    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype not in DTYPES):
-        return FormatError(
-            f"bias is {bias.dtype} {list(bias.shape)}; "
-            f"expected float32, float16 or bfloat16 [{out_features}]."
+        raise UnsupportedError(f"x is {x.dtype}; supported are float32, float16 and bfloat16.")
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype not in DTYPES):
+        raise FormatError(
+            f"bias is {bias.dtype} {list(bias.shape)}; expected float32, float16 or bfloat16 [{n}]."
         )
-    return None
 
 
 def check_hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flute_kernels.checks import check_dtype, check_hadamard, check_qgemm
 from flute_kernels.cpu import kernels as cpu
+from flute_kernels.packed import PackedWeight
 
 __all__ = ["dequantize", "hadamard", "qgemm"]
 
@@ -57,18 +58,9 @@ def qgemm(
         FormatError: a shape or device does not fit.
         UnsupportedError: no kernel serves the dtype or device.
     """
+    numbers = (out_features, in_features, bits, vector_size, group_size)
     out: Tensor = torch.ops.flute_kernels.qgemm.default(
-        x,
-        codes,
-        scales,
-        tables,
-        table_of_block,
-        out_features,
-        in_features,
-        bits,
-        vector_size,
-        group_size,
-        bias,
+        x, codes, scales, tables, table_of_block, *numbers, bias
     )
     return out
 
@@ -115,37 +107,16 @@ def hadamard(x: Tensor, signs: Tensor | None, block_size: int, transpose: bool =
 # --- shapes without data ----------------------------------------------------------------------------
 
 
-def _qgemm_fake(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    tables: Tensor,
-    table_of_block: Tensor | None,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    vector_size: int,
-    group_size: int,
-    bias: Tensor | None = None,
-) -> Tensor:
-    check_qgemm(x, codes, out_features, in_features, bias)
-    return x.new_empty(*x.shape[:-1], out_features)
+def _qgemm_fake(x: Tensor, *operands: Any) -> Tensor:
+    weight, bias = PackedWeight.split(operands)
+    check_qgemm(x, weight, bias)
+    return x.new_empty(*x.shape[:-1], weight.out_features)
 
 
-def _dequantize_fake(
-    codes: Tensor,
-    scales: Tensor,
-    tables: Tensor,
-    table_of_block: Tensor | None,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    vector_size: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def _dequantize_fake(*operands: Any) -> Tensor:
+    weight, dtype = PackedWeight.split(operands)
     check_dtype(dtype)
-    return codes.new_empty(out_features, in_features, dtype=dtype)
+    return weight.codes.new_empty(weight.out_features, weight.in_features, dtype=dtype)
 
 
 def _hadamard_fake(x: Tensor, signs: Tensor | None, block_size: int, transpose: bool = False) -> Tensor:
@@ -168,11 +139,8 @@ def _qgemm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _qgemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        codes, scales, tables, table_of_block = ctx.saved_tensors
-        n, k, bits, vector_size, group_size = ctx.weight_numbers
-        grad_x = grad @ dequantize(
-            codes, scales, tables, table_of_block, n, k, bits, vector_size, group_size, ctx.x_dtype
-        )
+        weight = PackedWeight(*ctx.saved_tensors, *ctx.weight_numbers)
+        grad_x = grad @ dequantize(*weight, ctx.x_dtype)
     if ctx.bias_dtype is not None and ctx.needs_input_grad[10]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return (grad_x, *[None] * 9, grad_bias)

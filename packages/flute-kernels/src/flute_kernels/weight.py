@@ -13,6 +13,7 @@ from flute_kernels.cpu import kernels as cpu
 from flute_kernels.cpu import layout as cpu_layout
 from flute_kernels.errors import FormatError, UnsupportedError
 from flute_kernels.format import QuantizedLinear, QuantSpec
+from flute_kernels.packed import PackedWeight
 
 __all__ = ["LutWeight"]
 
@@ -45,16 +46,18 @@ class LutWeight:
         self.spec = spec
         self.out_features, self.in_features = shape
         self.device = codes.device
-        self._codes, self._scales, self._tables, self._codebook, self._signs = (
+        self._codebook, self._signs = codebook, signs
+        self._packed = PackedWeight(
             codes,
             scales,
             tables,
-            codebook,
-            signs,
+            _table_of_block(self.out_features, codebook.shape[0], codes.device),
+            *shape,
+            spec.bits,
+            spec.vector_size,
+            spec.group_size_for(self.in_features),
         )
-        self._table_of_block = _table_of_block(self.out_features, codebook.shape[0], codes.device)
-        self._numbers = (*shape, spec.bits, spec.vector_size, spec.group_size_for(self.in_features))
-        self._handle = cpu.weight_handle(codes, scales, tables, self._table_of_block, *self._numbers)
+        self._handle = cpu.weight_handle(self._packed)
 
     @classmethod
     @torch.inference_mode(False)  # a weight that is laid out under it can be trained on later
@@ -78,8 +81,8 @@ class LutWeight:
 
     def to_linear(self, bias: Tensor | None = None) -> QuantizedLinear:
         """The canonical tensors again, exactly those that :meth:`from_linear` was given."""
-        qweight = cpu_layout.unpack_rows(self._codes, self.out_features)
-        scales = cpu_layout.unpack_rows(self._scales, self.out_features)
+        qweight = cpu_layout.unpack_rows(self._packed.codes, self.out_features)
+        scales = cpu_layout.unpack_rows(self._packed.scales, self.out_features)
         return QuantizedLinear(self.spec, qweight, scales, self._codebook.clone(), bias)
 
     def __reduce__(self) -> tuple[Callable[[QuantizedLinear], LutWeight], tuple[QuantizedLinear]]:
@@ -89,7 +92,7 @@ class LutWeight:
     @property
     def nbytes(self) -> int:
         """Bytes that the weight takes on its device."""
-        parts = (self._codes, self._scales, self._tables, self._codebook, self._signs)
+        parts = (*self._packed[:3], self._codebook, self._signs)
         return sum(t.numel() * t.element_size() for t in parts if t is not None)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -107,13 +110,11 @@ class LutWeight:
         """
         cpu.refuse_forward_mode(x, bias)
         if self._signs is None and cpu.is_plain(x, bias):
-            return cpu.plain_qgemm(self._handle, x, self._codes, self.out_features, self.in_features, bias)
+            return cpu.plain_qgemm(self._handle, x, self._packed, bias)
         if self._signs is not None:
-            check_qgemm(x, self._codes, self.out_features, self.in_features, bias)
+            check_qgemm(x, self._packed, bias)
             x = ops.hadamard(x, self._signs, self.spec.hadamard)
-        return ops.qgemm(
-            x, self._codes, self._scales, self._tables, self._table_of_block, *self._numbers, bias
-        )
+        return ops.qgemm(x, *self._packed, bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that :meth:`linear` multiplies with, ``[N, K]``, any rotation undone."""
@@ -122,9 +123,7 @@ class LutWeight:
         return ops.hadamard(self._stored(torch.float32), self._signs, self.spec.hadamard, True).to(dtype)
 
     def _stored(self, dtype: torch.dtype) -> Tensor:
-        return ops.dequantize(
-            self._codes, self._scales, self._tables, self._table_of_block, *self._numbers, dtype
-        )
+        return ops.dequantize(*self._packed, dtype)
 
     def __repr__(self) -> str:
         return f"LutWeight(out_features={self.out_features}, in_features={self.in_features}, {self.spec})"

@@ -12,6 +12,7 @@ from flute_kernels import _C
 from flute_kernels.checks import DTYPES, check_dtype, check_hadamard, check_qgemm
 from flute_kernels.cpu.layout import check_layout
 from flute_kernels.errors import UnsupportedError
+from flute_kernels.packed import PackedWeight
 
 __all__ = [
     "dequantize",
@@ -30,9 +31,9 @@ def _as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def weight_handle(
-    codes: Tensor, scales: Tensor, tables: Tensor, table_of_block: Tensor | None, *numbers: int
-) -> Any:
+def weight_handle(weight: PackedWeight) -> _C.QWeight:
+    """What the compiled kernels know of a weight; it does not keep the tensors alive."""
+    codes, scales, tables, table_of_block, *numbers = weight
     table_address = 0 if table_of_block is None else table_of_block.data_ptr()
     return _C.QWeight(
         codes.data_ptr(), scales.data_ptr(), DTYPES[scales.dtype], tables.data_ptr(), table_address, *numbers
@@ -75,83 +76,51 @@ _functorch_transform = torch._C._functorch.peek_interpreter_stack
 _threads = torch.get_num_threads
 
 
-def plain_qgemm(
-    handle: Any, x: Tensor, codes: Tensor, out_features: int, in_features: int, bias: Tensor | None
-) -> Tensor:
-    """The CPU kernel on a contiguous x, outside of the dispatcher."""
+def plain_qgemm(handle: _C.QWeight, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """The product outside of the dispatcher, with a contiguous x and a weight that is known to be right."""
     shape = x.shape
-    dtype = DTYPES.get(x.dtype, -1)
-    if dtype < 0 or not shape or shape[-1] != in_features or bias is not None:
-        check_qgemm(x, codes, out_features, in_features, bias)
-    out = torch.empty((*shape[:-1], out_features), dtype=x.dtype)
+    if x.dtype not in DTYPES or not shape or shape[-1] != weight.in_features or bias is not None:
+        check_qgemm(x, weight, bias)
+    return _launch_qgemm(handle, x, weight, bias, x.numel() // weight.in_features, weight.in_features)
+
+
+def qgemm(x: Tensor, *operands: Any) -> Tensor:
+    """Implements ``flute_kernels::qgemm``."""
+    weight, bias = PackedWeight.split(operands)
+    check_qgemm(x, weight, bias)
+    check_layout(weight)
+    rows = _as_rows(x)
+    bias = None if bias is None else bias.contiguous()
+    out = _launch_qgemm(weight_handle(weight), rows, weight, bias, rows.shape[0], rows.stride(0))
+    return out.view(*x.shape[:-1], weight.out_features)
+
+
+def _launch_qgemm(
+    handle: _C.QWeight, x: Tensor, weight: PackedWeight, bias: Tensor | None, rows: int, stride: int
+) -> Tensor:
+    out = torch.empty((*x.shape[:-1], weight.out_features), dtype=x.dtype)
     _C.qgemm_cpu(
         handle,
         x.data_ptr(),
-        x.numel() // in_features,
-        in_features,
-        dtype,
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else DTYPES[bias.dtype],
-        out.data_ptr(),
-        out_features,
-        _threads(),
-    )
-    return out
-
-
-def qgemm(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    tables: Tensor,
-    table_of_block: Tensor | None,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    vector_size: int,
-    group_size: int,
-    bias: Tensor | None = None,
-) -> Tensor:
-    check_qgemm(x, codes, out_features, in_features, bias)
-    numbers = (out_features, in_features, bits, vector_size, group_size)
-    check_layout(codes, scales, tables, table_of_block, *numbers)
-    handle = weight_handle(codes, scales, tables, table_of_block, *numbers)
-    rows = _as_rows(x)
-    bias = None if bias is None else bias.contiguous()
-    out = torch.empty((*x.shape[:-1], out_features), dtype=x.dtype)
-    _C.qgemm_cpu(
-        handle,
-        rows.data_ptr(),
-        rows.shape[0],
-        rows.stride(0),
+        rows,
+        stride,
         DTYPES[x.dtype],
         0 if bias is None else bias.data_ptr(),
         0 if bias is None else DTYPES[bias.dtype],
         out.data_ptr(),
-        out_features,
+        weight.out_features,
         _threads(),
     )
     return out
 
 
-def dequantize(
-    codes: Tensor,
-    scales: Tensor,
-    tables: Tensor,
-    table_of_block: Tensor | None,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    vector_size: int,
-    group_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
+def dequantize(*operands: Any) -> Tensor:
+    """Implements ``flute_kernels::dequantize``."""
+    weight, dtype = PackedWeight.split(operands)
     check_dtype(dtype)
-    numbers = (out_features, in_features, bits, vector_size, group_size)
-    check_layout(codes, scales, tables, table_of_block, *numbers)
-    handle = weight_handle(codes, scales, tables, table_of_block, *numbers)
-    out = torch.empty((out_features, in_features), dtype=dtype)
-    _C.dequantize_cpu(handle, out.data_ptr(), DTYPES[dtype], torch.get_num_threads())
+    check_layout(weight)
+    out = torch.empty((weight.out_features, weight.in_features), dtype=dtype)
+    _C.dequantize_cpu(weight_handle(weight), out.data_ptr(), DTYPES[dtype], _threads())
     return out
 
 
@@ -171,6 +140,6 @@ def hadamard(x: Tensor, signs: Tensor | None, block_size: int, transpose: bool =
         transpose,
         out.data_ptr(),
         out.shape[1],
-        torch.get_num_threads(),
+        _threads(),
     )
     return out.view(x.shape)

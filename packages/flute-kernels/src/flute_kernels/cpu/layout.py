@@ -13,6 +13,7 @@ from flute_kernels.errors import FormatError
 from flute_kernels.format import QuantizedLinear, QuantSpec
 from flute_kernels.format.linear import SCALE_DTYPES
 from flute_kernels.format.spec import PER_ROW
+from flute_kernels.packed import PackedWeight
 
 __all__ = ["BLOCK", "check_layout", "pack", "unpack_rows"]
 
@@ -50,18 +51,9 @@ def _tables(codebook: Tensor) -> Tensor:
     return tables.repeat(1, 1, repeat)
 
 
-def check_layout(
-    codes: Tensor,
-    scales: Tensor,
-    tables: Tensor,
-    table_of_block: Tensor | None,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    vector_size: int,
-    group_size: int,
-) -> None:
+def check_layout(weight: PackedWeight) -> None:
     """The weight is what a kernel will read: an operator's caller may have made it by hand."""
+    codes, scales, tables, table_of_block, out_features, in_features, bits, vector_size, group_size = weight
     spec = QuantSpec(bits=bits, vector_size=vector_size, group_size=PER_ROW)
     spec.check_in_features(in_features)
     if group_size < 32 or in_features % group_size:
