@@ -18,7 +18,7 @@ function(flute_add_cpu_isas target folder include)
   set(flags_avx512 ${flags_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)
   set(flags_avx512bf16 ${flags_avx512} -mavx512vbmi -mavx512bf16)
   # Not every set uses every helper, and GCC's own headers set off the second (its bug 105593).
-  set(quiet -Wno-unused-function -Wno-maybe-uninitialized)
+  set(quiet -Wno-unused-function -Wno-uninitialized -Wno-maybe-uninitialized)
   foreach(set IN LISTS sets)
     add_library(flute_isa_${set} OBJECT ${folder}/${set}.cpp)
     target_include_directories(flute_isa_${set} PRIVATE ${include})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_build_info_describes_the_build(installed: str) -> None:
     assert info.cpu_isas[-1] == "scalar"
     assert info.cpu_isa == _C.isa()
     assert (info.cuda_version == "") == (info.cuda_architectures == ())
-    assert all(a.rstrip("a").isdecimal() for a in info.cuda_architectures)
+    assert all(re.fullmatch(r"(sm|compute)_\d+[af]?", a) for a in info.cuda_architectures)
 
 
 def test_an_unknown_instruction_set_cannot_be_selected() -> None:

@@ -15,9 +15,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/gpu.h"
 #include "cpu_isa/isa.h"
+#include "hadamard/cuda.h"
 #include "hadamard/hadamard.h"
+#include "qgemm/common/cuda_weight.h"
 #include "qgemm/room.h"
+#include "qgemm/sm80/config.h"
+#include "qgemm/sm80/plan.h"
 
 namespace nb = nanobind;
 
@@ -63,13 +68,14 @@ class Workspace {
 };
 
 QWeight make_weight(uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables,
-                    uintptr_t table_of_block, int64_t n, int64_t k, int bits, int vector_size,
-                    int64_t group) {
+                    uintptr_t table_of_block, int64_t table_count, int64_t n, int64_t k, int bits,
+                    int vector_size, int64_t group) {
   return {address(codes),
           address(scales),
           static_cast<DType>(scale_dtype),
           address(tables),
           static_cast<const int32_t*>(address(table_of_block)),
+          table_count,
           n,
           k,
           bits,
@@ -89,6 +95,8 @@ void qgemm_cpu(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int d
                        const_cast<void*>(address(out)),
                        ldo,
                        threads,
+                       nullptr,
+                       {},
                        nullptr};
   const Room* room = find_room(Device::cpu, problem);
   if (!room) throw std::runtime_error("no CPU kernel supports this problem");
@@ -100,9 +108,15 @@ void qgemm_cpu(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int d
 
 void dequantize_cpu(const QWeight& weight, uintptr_t out, int dtype, int threads) {
   nb::gil_scoped_release release;
-  raise_if_refused(
-      first_room(Device::cpu)
-          ->dequantize({weight, const_cast<void*>(address(out)), static_cast<DType>(dtype), threads}));
+  raise_if_refused(first_room(Device::cpu)
+                       ->dequantize({weight,
+                                     const_cast<void*>(address(out)),
+                                     static_cast<DType>(dtype),
+                                     threads,
+                                     0,
+                                     weight.n,
+                                     {},
+                                     nullptr}));
 }
 
 void hadamard_cpu(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int dtype, uintptr_t signs,
@@ -120,6 +134,93 @@ void hadamard_cpu(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int d
   cpu::rotate(args, rows, threads);
 }
 
+// --- CUDA: every call names its device and its stream ---
+
+Gpu gpu_of(int device) {
+  Gpu gpu;
+  raise_if_refused(find_gpu(device, &gpu));
+  return gpu;
+}
+
+void* pointer(uintptr_t value) { return reinterpret_cast<void*>(value); }
+
+// False if no fused kernel serves the problem, for which there is always dequantizing.
+bool qgemm_cuda(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int dtype, uintptr_t bias,
+                int bias_dtype, uintptr_t out, int64_t ldo, int device, uintptr_t stream) {
+  const QgemmProblem problem{weight,
+                             address(x),
+                             m,
+                             ldx,
+                             static_cast<DType>(dtype),
+                             address(bias),
+                             static_cast<DType>(bias_dtype),
+                             pointer(out),
+                             ldo,
+                             0,
+                             nullptr,
+                             gpu_of(device),
+                             pointer(stream)};
+  const Room* room = find_room(Device::cuda, problem);
+  if (!room) return false;
+  raise_if_refused(room->launch(problem));
+  return true;
+}
+
+void dequantize_cuda(const QWeight& weight, uintptr_t out, int dtype, int64_t first_row, int64_t rows,
+                     int device, uintptr_t stream) {
+  raise_if_refused(first_room(Device::cuda)
+                       ->dequantize({weight, pointer(out), static_cast<DType>(dtype), 0, first_row, rows,
+                                     gpu_of(device), pointer(stream)}));
+}
+
+void hadamard_cuda(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int dtype, uintptr_t signs,
+                   int64_t block, bool transpose, uintptr_t out, int64_t ldo, int device, uintptr_t stream) {
+  const cpu::HadamardArgs args{address(x),
+                               ldx,
+                               pointer(out),
+                               ldo,
+                               static_cast<DType>(dtype),
+                               static_cast<const float*>(address(signs)),
+                               columns,
+                               block,
+                               transpose};
+  raise_if_refused(cuda::rotate(args, rows, gpu_of(device), pointer(stream)));
+}
+
+void pack_cuda(uintptr_t qweight, uintptr_t codes, int64_t n, int64_t k, int bits, int device,
+               uintptr_t stream) {
+  raise_if_refused(
+      layout::pack(address(qweight), pointer(codes), n, k, bits, gpu_of(device), pointer(stream)));
+}
+
+void unpack_cuda(uintptr_t codes, uintptr_t qweight, int64_t n, int64_t k, int bits, int device,
+                 uintptr_t stream) {
+  raise_if_refused(
+      layout::unpack(address(codes), pointer(qweight), n, k, bits, gpu_of(device), pointer(stream)));
+}
+
+// The sentence that refuses a GPU, or an empty string.
+std::string refusal_of_gpu(int device) { return check_gpu(device).refusal; }
+
+// What the sm80 room would launch on a GPU with these numbers: configuration and blocks. For tests and
+// for understanding a time; needs no GPU.
+nb::dict plan_sm80(int64_t n, int64_t k, int bits, int64_t group, int64_t tables, int64_t m,
+                   int multiprocessors, int shared_bytes) {
+  const QWeight weight = make_weight(0, 0, 1, 0, 0, tables, n, k, bits, 1, group);
+  const sm80::Plan plan = sm80::make_plan(weight, m, {0, 80, multiprocessors, shared_bytes});
+  const sm80::Config& config = sm80::kConfigs[plan.config];
+  nb::dict out;
+  out["columns"] = config.columns;
+  out["tiles"] = config.tiles;
+  out["warps_k"] = config.warps_k;
+  out["warps_n"] = config.warps_n;
+  out["depth"] = config.depth;
+  out["blocks_per_table"] = plan.blocks_per_table;
+  out["row_blocks"] = plan.row_blocks;
+  out["column_blocks"] = plan.column_blocks;
+  return out;
+}
+
 // Asks for huge pages; a system that has none to give serves small ones, which is no error.
 void advise_huge_pages(uintptr_t begin, size_t bytes) {
 #if defined(__linux__)
@@ -135,15 +236,22 @@ void advise_huge_pages(uintptr_t begin, size_t bytes) {
 NB_MODULE(_C, m) {
   using namespace flute;
   nb::class_<QWeight>(m, "QWeight", "A weight in a room's layout; it does not own the memory.")
-      .def("__init__",
-           [](QWeight* self, uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables,
-              uintptr_t table_of_block, int64_t n, int64_t k, int bits, int vector_size, int64_t group) {
-             new (self) QWeight(make_weight(codes, scales, scale_dtype, tables, table_of_block, n, k, bits,
-                                            vector_size, group));
-           });
+      .def("__init__", [](QWeight* self, uintptr_t codes, uintptr_t scales, int scale_dtype, uintptr_t tables,
+                          uintptr_t table_of_block, int64_t table_count, int64_t n, int64_t k, int bits,
+                          int vector_size, int64_t group) {
+        new (self) QWeight(make_weight(codes, scales, scale_dtype, tables, table_of_block, table_count, n, k,
+                                       bits, vector_size, group));
+      });
   m.def("qgemm_cpu", &qgemm_cpu);
   m.def("dequantize_cpu", &dequantize_cpu);
   m.def("hadamard_cpu", &hadamard_cpu);
+  m.def("qgemm_cuda", &qgemm_cuda);
+  m.def("dequantize_cuda", &dequantize_cuda);
+  m.def("hadamard_cuda", &hadamard_cuda);
+  m.def("pack_cuda", &pack_cuda);
+  m.def("unpack_cuda", &unpack_cuda);
+  m.def("refusal_of_gpu", &refusal_of_gpu);
+  m.def("plan_sm80", &plan_sm80);
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("available_isas", &cpu::available_isas);
   m.def("select_isa", &cpu::select_isa);

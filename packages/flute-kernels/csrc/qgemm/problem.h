@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/gpu.h"
 
 namespace flute {
 
@@ -16,6 +17,7 @@ struct QWeight {
   DType scale_dtype;
   const void* tables;
   const int32_t* table_of_block;  // table of each block of 16 rows; null: one table for all
+  int64_t table_count;
   int64_t n, k;
   int bits;         // per weight: 2, 3, 4
   int vector_size;  // weights per code: 1, 2
@@ -31,15 +33,20 @@ struct QgemmProblem {
   DType bias_dtype;
   void* out;
   int64_t ldo;
-  int threads;
+  int threads;      // CPU
   void* workspace;  // at least workspace_bytes(problem), aligned to 64
+  Gpu gpu;          // CUDA, with the stream below
+  void* stream;
 };
 
 struct DequantizeProblem {
   QWeight weight;
-  void* out;  // [N, K], rows adjacent
+  void* out;  // [rows, K], rows adjacent
   DType dtype;
   int threads;
+  int64_t first_row, rows;  // of the weight; first_row is a multiple of 16. The CPU room takes all.
+  Gpu gpu;
+  void* stream;
 };
 
 }  // namespace flute

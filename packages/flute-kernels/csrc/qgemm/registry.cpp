@@ -1,12 +1,15 @@
 // Every room, in the order in which they are asked.
+#include "qgemm/common/cuda_weight.h"
 #include "qgemm/cpu/room.h"
 #include "qgemm/room.h"
+#include "qgemm/sm80/room.h"
 
 namespace flute {
 namespace {
 
 const Room kRooms[] = {
     {"cpu", Device::cpu, cpu::supports, cpu::workspace_bytes, cpu::launch, cpu::dequantize},
+    {"sm80", Device::cuda, sm80::supports, sm80::workspace_bytes, sm80::launch, layout::dequantize},
 };
 
 }  // namespace

@@ -13,6 +13,7 @@ class QWeight:
         scale_dtype: int,
         tables: int,
         table_of_block: int,
+        table_count: int,
         n: int,
         k: int,
         bits: int,
@@ -46,6 +47,42 @@ def hadamard_cpu(
     ldo: int,
     threads: int,
 ) -> None: ...
+def qgemm_cuda(
+    weight: QWeight,
+    x: int,
+    m: int,
+    ldx: int,
+    dtype: int,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    ldo: int,
+    device: int,
+    stream: int,
+) -> bool: ...
+def dequantize_cuda(
+    weight: QWeight, out: int, dtype: int, first_row: int, rows: int, device: int, stream: int
+) -> None: ...
+def hadamard_cuda(
+    x: int,
+    rows: int,
+    columns: int,
+    ldx: int,
+    dtype: int,
+    signs: int,
+    block: int,
+    transpose: bool,
+    out: int,
+    ldo: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def pack_cuda(qweight: int, codes: int, n: int, k: int, bits: int, device: int, stream: int) -> None: ...
+def unpack_cuda(codes: int, qweight: int, n: int, k: int, bits: int, device: int, stream: int) -> None: ...
+def refusal_of_gpu(device: int) -> str: ...
+def plan_sm80(
+    n: int, k: int, bits: int, group: int, tables: int, m: int, multiprocessors: int, shared_bytes: int
+) -> dict[str, int]: ...
 def advise_huge_pages(begin: int, bytes: int) -> None: ...
 def available_isas() -> list[str]: ...
 def select_isa(name: str) -> None: ...

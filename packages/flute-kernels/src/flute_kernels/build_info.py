@@ -20,7 +20,7 @@ class BuildInfo:
     Attributes:
         version: of the flute-kernels distribution.
         cuda_version: of the toolkit that compiled the GPU kernels; empty without any.
-        cuda_architectures: such as ``("80", "90a")``; empty without GPU kernels.
+        cuda_architectures: ``sm_90`` for machine code, ``compute_90`` for PTX; empty without GPU kernels.
         cpu_isas: instruction sets in this build that the processor has, best first.
         cpu_isa: the one in use.
     """
@@ -37,7 +37,7 @@ def build_info() -> BuildInfo:
     return BuildInfo(
         version=_version(),
         cuda_version=_C.CUDA_VERSION,
-        cuda_architectures=tuple(a for a in _C.CUDA_ARCHITECTURES.split(";") if a),
+        cuda_architectures=tuple(_C.CUDA_ARCHITECTURES.split()),
         cpu_isas=tuple(_C.available_isas()),
         cpu_isa=_C.isa(),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flute_kernels.checks import check_dtype, check_hadamard, check_qgemm
 from flute_kernels.cpu import kernels as cpu
+from flute_kernels.cuda import kernels as cuda
 from flute_kernels.packed import PackedWeight
 
 __all__ = ["dequantize", "hadamard", "qgemm"]
@@ -156,9 +157,10 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return hadamard(grad, signs, ctx.block_size, not ctx.transpose), None, None, None
 
 
-_library.impl("qgemm", cpu.qgemm, "CPU")
-_library.impl("dequantize", cpu.dequantize, "CPU")
-_library.impl("hadamard", cpu.hadamard, "CPU")
+for _key, _kernels in (("CPU", cpu), ("CUDA", cuda)):
+    _library.impl("qgemm", _kernels.qgemm, _key)
+    _library.impl("dequantize", _kernels.dequantize, _key)
+    _library.impl("hadamard", _kernels.hadamard, _key)
 torch.library.register_fake("flute_kernels::qgemm", _qgemm_fake, lib=_library)
 torch.library.register_fake("flute_kernels::dequantize", _dequantize_fake, lib=_library)
 torch.library.register_fake("flute_kernels::hadamard", _hadamard_fake, lib=_library)

@@ -11,9 +11,12 @@ from flute_kernels import ops
 from flute_kernels.checks import DTYPES, check_qgemm
 from flute_kernels.cpu import kernels as cpu
 from flute_kernels.cpu import layout as cpu_layout
+from flute_kernels.cuda import kernels as cuda
+from flute_kernels.cuda import layout as cuda_layout
 from flute_kernels.errors import FormatError, UnsupportedError
 from flute_kernels.format import QuantizedLinear, QuantSpec
 from flute_kernels.packed import PackedWeight
+from flute_kernels.plain import is_plain, refuse_forward_mode
 
 __all__ = ["LutWeight"]
 
@@ -57,7 +60,8 @@ class LutWeight:
             spec.vector_size,
             spec.group_size_for(self.in_features),
         )
-        self._handle = cpu.weight_handle(self._packed)
+        self._is_cuda = codes.is_cuda
+        self._handle = (cuda if self._is_cuda else cpu).weight_handle(self._packed)
 
     @classmethod
     @torch.inference_mode(False)  # a weight that is laid out under it can be trained on later
@@ -70,19 +74,20 @@ class LutWeight:
         """
         linear.validate()
         target = torch.device(device) if device is not None else linear.qweight.device
-        if target.type != "cpu":
-            raise UnsupportedError(f"device is {target}; this build has kernels for cpu.")
+        if target.type == "cuda":
+            cuda_layout.check_device(target)
+        elif target.type != "cpu":
+            raise UnsupportedError(f"device is {target}; there are kernels for cpu and cuda.")
         linear = QuantizedLinear(
             linear.spec, linear.qweight.to(target), linear.scales.to(target), linear.codebook.to(target)
         )
-        codes, scales, tables = cpu_layout.pack(linear)
+        codes, scales, tables = (cuda_layout if target.type == "cuda" else cpu_layout).pack(linear)
         shape = (linear.out_features, linear.in_features)
         return cls(linear.spec, shape, codes, scales, tables, linear.codebook.clone(), linear.signs())
 
     def to_linear(self, bias: Tensor | None = None) -> QuantizedLinear:
         """The canonical tensors again, exactly those that :meth:`from_linear` was given."""
-        qweight = cpu_layout.unpack_rows(self._packed.codes, self.out_features)
-        scales = cpu_layout.unpack_rows(self._packed.scales, self.out_features)
+        qweight, scales = (cuda_layout if self._is_cuda else cpu_layout).unpack(self._packed)
         return QuantizedLinear(self.spec, qweight, scales, self._codebook.clone(), bias)
 
     def __reduce__(self) -> tuple[Callable[[QuantizedLinear], LutWeight], tuple[QuantizedLinear]]:
@@ -108,9 +113,12 @@ class LutWeight:
         Raises:
             FormatError, UnsupportedError: see :func:`flute_kernels.ops.qgemm`.
         """
-        cpu.refuse_forward_mode(x, bias)
-        if self._signs is None and cpu.is_plain(x, bias):
-            return cpu.plain_qgemm(self._handle, x, self._packed, bias)
+        refuse_forward_mode(x, bias)
+        if self._signs is None and is_plain(x, bias):
+            if self._is_cuda:
+                return cuda.plain_qgemm(self._handle, x, self._packed, bias)
+            if x.is_cpu:
+                return cpu.plain_qgemm(self._handle, x, self._packed, bias)
         if self._signs is not None:
             check_qgemm(x, self._packed, bias)
             x = ops.hadamard(x, self._signs, self.spec.hadamard)

@@ -15,7 +15,7 @@ from flute_kernels.format.linear import SCALE_DTYPES
 from flute_kernels.format.spec import PER_ROW
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["BLOCK", "check_layout", "pack", "unpack_rows"]
+__all__ = ["BLOCK", "check_layout", "pack", "unpack"]
 
 BLOCK = 16
 _MIN_ENTRIES = 16
@@ -26,7 +26,12 @@ def pack(linear: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
     return _block_rows(linear.qweight), _block_rows(linear.scales), _tables(linear.codebook)
 
 
-def unpack_rows(blocked: Tensor, rows: int) -> Tensor:
+def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """The canonical ``qweight`` and ``scales`` again."""
+    return _unblock_rows(weight.codes, weight.out_features), _unblock_rows(weight.scales, weight.out_features)
+
+
+def _unblock_rows(blocked: Tensor, rows: int) -> Tensor:
     """``[ceil(N/16), C, 16]`` back to ``[N, C]``."""
     return (
         blocked.transpose(1, 2).clone(memory_format=torch.contiguous_format).view(-1, blocked.shape[1])[:rows]

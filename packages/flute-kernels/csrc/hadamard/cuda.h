@@ -1,0 +1,11 @@
+// Blockwise Hadamard rotation on the GPU, in one launch.
+#pragma once
+
+#include "core/gpu.h"
+#include "hadamard/kernels.h"
+
+namespace flute::cuda {
+
+Status rotate(const cpu::HadamardArgs& args, int64_t rows, const Gpu& gpu, void* stream);
+
+}  // namespace flute::cuda

@@ -1,0 +1,50 @@
+// The shapes in which the kernel is compiled, and what a launch needs. Host and device read this.
+#pragma once
+
+#include <cstdint>
+
+namespace flute::sm80 {
+
+// One compiled shape. A block has warps_k * warps_n warps: warps_n groups of `tiles` neighbouring tiles
+// of 16 rows, each group's K divided among warps_k warps, chunk by chunk in turn.
+struct Config {
+  int columns;  // rows of x that a block multiplies: 8 or 16
+  int tiles;    // row tiles of a warp
+  int warps_k, warps_n;
+  int depth;     // units of codes on their way to a warp
+  int resident;  // blocks that share a multiprocessor, given the registers
+};
+
+constexpr Config kConfigs[] = {
+#define FLUTE_CONFIG(...) {__VA_ARGS__},
+#include "sm80_configs.inc"
+#undef FLUTE_CONFIG
+};
+constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
+
+// The table takes a line of 256 bytes an entry, of which the first half is used: see kernel.cuh.
+constexpr int kTableBytes = 256 * 256;
+
+constexpr int shared_bytes(const Config& c) {
+  const int partial = c.warps_k * c.warps_n * c.tiles * (c.columns / 8) * 32 * 16;
+  return partial > kTableBytes ? partial : kTableBytes;
+}
+
+struct Params {
+  const uint32_t* codes;
+  const uint32_t* scales;  // pairs: rows g and g + 8
+  const void* tables;      // float pairs
+  const uint16_t* x;
+  uint16_t* out;
+  const void* bias;
+  int64_t ldx, ldo;
+  int n, m, k;
+  int tiles, chunks;
+  int tiles_per_table, blocks_per_table;
+  int column_blocks;  // blocks along M, the fastest index: they share codes in the L2 cache
+  int group_shift;    // log2 of chunks per scale
+  int bias_dtype;
+  bool scale_bf16;
+};
+
+}  // namespace flute::sm80

@@ -1,0 +1,59 @@
+#include "qgemm/sm80/plan.h"
+
+#include <algorithm>
+
+#include "qgemm/common/layout.h"
+#include "qgemm/sm80/config.h"
+
+namespace flute::sm80 {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How much of the shared-memory pipe this many warps keep busy. Measured on an H200 (docs/kernel-notes.md).
+double use_of_pipe(int64_t warps) {
+  return warps >= 16 ? 0.85 : warps >= 12 ? 0.75 : warps >= 8 ? 0.6 : 0.35;
+}
+
+// Clocks that the busiest multiprocessor is at work: wavefronts of its shared-memory pipe (kernel.cuh
+// counts them) over the part of the pipe that its warps can use.
+double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, const Gpu& gpu) {
+  const int fragments = c.columns / 8;
+  const double units = static_cast<double>(layout::units(w.k));
+  const int64_t rows_of_x = std::min<int64_t>(m, c.columns);
+  const double x = 2.0 * std::min<int64_t>(8 * fragments, std::max<int64_t>(rows_of_x, 1));
+  const double main = units * c.warps_n * (c.tiles * (16.0 + w.bits + 0.5) + x);
+  const double ends =
+      256.0 + 8.0 * c.warps_k * c.warps_n * c.tiles * fragments * std::min<int64_t>(rows_of_x, 8) / 8.0;
+  const int64_t blocks = int64_t{plan.row_blocks} * plan.column_blocks;
+  const int64_t on_busiest = ceil_div(blocks, gpu.multiprocessors);
+  const int resident = std::clamp<int>(gpu.shared_bytes / (shared_bytes(c) + 1024), 1, c.resident);
+  const int64_t warps = std::min<int64_t>(on_busiest, resident) * c.warps_k * c.warps_n;
+  // Warps that have no chunk, or one chunk fewer, wait for the others.
+  const double chunks = static_cast<double>(layout::chunks(w.k));
+  const double uneven = ceil_div(layout::chunks(w.k), c.warps_k) * c.warps_k / chunks;
+  return on_busiest * (main * uneven + ends) / use_of_pipe(warps);
+}
+
+}  // namespace
+
+Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
+  const int64_t tiles_per_table = layout::tiles_per_table(w);
+  Plan best{-1, 0, 0, 0};
+  double least = 0;
+  for (int i = 0; i < kConfigCount; ++i) {
+    const Config& c = kConfigs[i];
+    if (c.tiles > tiles_per_table) continue;
+    if (c.columns > 8 && m <= 8) continue;
+    Plan plan;
+    plan.config = i;
+    plan.blocks_per_table = static_cast<int>(ceil_div(tiles_per_table, c.tiles * c.warps_n));
+    plan.row_blocks = static_cast<int>(plan.blocks_per_table * w.table_count);
+    plan.column_blocks = static_cast<int>(ceil_div(m, c.columns));
+    const double cost = clocks(c, w, m, plan, gpu);
+    if (best.config < 0 || cost < least) best = plan, least = cost;
+  }
+  return best;
+}
+
+}  // namespace flute::sm80

@@ -1,0 +1,1 @@
+"""CUDA tensors: the weight layout and the operators."""

@@ -1,0 +1,131 @@
+"""The CUDA rooms' layout of a weight, made on the GPU from the canonical tensors and turned back exactly.
+
+``csrc/qgemm/common/layout.h`` says what each tensor is and why.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flute_kernels import _C
+from flute_kernels.errors import FormatError, UnsupportedError
+from flute_kernels.format import QuantizedLinear, QuantSpec
+from flute_kernels.format.linear import SCALE_DTYPES
+from flute_kernels.format.spec import PER_ROW
+from flute_kernels.packed import PackedWeight
+
+__all__ = ["check_device", "check_layout", "current_stream", "pack", "unpack"]
+
+_TILE = 16
+_CHUNK = 128
+
+
+def current_stream(device: torch.device) -> int:
+    """The address of torch's current stream on ``device``."""
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def check_device(device: torch.device) -> None:
+    """Raise UnsupportedError unless this build has kernels for the GPU."""
+    if not _C.CUDA_ARCHITECTURES:
+        raise UnsupportedError(f"device is {device}; this build of flute-kernels has kernels for cpu alone.")
+    if not torch.cuda.is_available():
+        raise UnsupportedError(f"device is {device}, but torch finds no GPU here; there is cpu.")
+    with torch.cuda.device(device):  # "cuda" alone is the current one
+        refusal = _C.refusal_of_gpu(torch.cuda.current_device())
+    if refusal:
+        raise UnsupportedError(
+            f"device is {device}, {torch.cuda.get_device_name(device)}: {refusal[:-1]}; "
+            "install a flute-kernels wheel that has it."
+        )
+
+
+def pack(linear: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int32 ``[units, tiles, 32*bits]``, scales ``[lines, tiles, 8, F, 2]``, tables float32 pairs."""
+    n, k, bits = linear.out_features, linear.in_features, linear.spec.bits
+    qweight = linear.qweight.contiguous()
+    device = qweight.device
+    codes = torch.empty(_codes_shape(n, k, bits), dtype=torch.int32, device=device)
+    _C.pack_cuda(qweight.data_ptr(), codes.data_ptr(), n, k, bits, device.index, current_stream(device))
+    return codes, _pack_scales(linear.scales, k), _pair_tables(linear.codebook, linear.spec)
+
+
+def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """The canonical ``qweight`` and ``scales`` again."""
+    n, k, bits, device = weight.out_features, weight.in_features, weight.bits, weight.codes.device
+    qweight = torch.empty((n, k * bits // 32), dtype=torch.int32, device=device)
+    _C.unpack_cuda(
+        weight.codes.data_ptr(), qweight.data_ptr(), n, k, bits, device.index, current_stream(device)
+    )
+    return qweight, _unpack_scales(weight.scales, n, k // weight.group_size)
+
+
+def _codes_shape(n: int, k: int, bits: int) -> tuple[int, int, int]:
+    return 2 * -(-k // _CHUNK), -(-n // _TILE), 32 * bits
+
+
+def _per_chunk(k: int, group_size: int) -> int:
+    """Scales of a chunk that lie together."""
+    return 1 if group_size >= _CHUNK or group_size == k else _CHUNK // group_size
+
+
+def _pack_scales(scales: Tensor, k: int) -> Tensor:
+    n, groups = scales.shape
+    tiles, together = -(-n // _TILE), _per_chunk(k, k // groups)
+    lines = -(-groups // together)
+    padded = scales.new_zeros(tiles * _TILE, lines * together)
+    padded[:n, :groups] = scales
+    return padded.view(tiles, 2, 8, lines, together).permute(3, 0, 2, 4, 1).contiguous()
+
+
+def _unpack_scales(packed: Tensor, n: int, groups: int) -> Tensor:
+    lines, tiles, _, together, _ = packed.shape
+    rows = packed.permute(1, 4, 2, 0, 3).reshape(tiles * _TILE, lines * together)
+    return rows[:n, :groups].clone(memory_format=torch.contiguous_format)
+
+
+def _pair_tables(codebook: Tensor, spec: QuantSpec) -> Tensor:
+    """float32 ``[T, 4**bits, 2]``: the Cartesian square of a table of single weights."""
+    tables = codebook.to(torch.float32)
+    if spec.vector_size == 2:
+        return tables.contiguous()
+    entry = torch.arange(4**spec.bits, device=tables.device)
+    values = tables[..., 0]
+    return torch.stack([values[:, entry % 2**spec.bits], values[:, entry // 2**spec.bits]], -1).contiguous()
+
+
+def check_layout(weight: PackedWeight) -> None:
+    """The weight is what a kernel will read: an operator's caller may have made it by hand."""
+    n, k, bits = weight.out_features, weight.in_features, weight.bits
+    spec = QuantSpec(bits=bits, vector_size=weight.vector_size, group_size=PER_ROW)
+    spec.check_in_features(k)
+    group = weight.group_size
+    if group != k and (group not in (32, 64, 128, 256) or k % group):
+        raise FormatError(f"group_size is {group}; expected 32, 64, 128, 256 or all of in_features = {k}.")
+    tiles, together = -(-n // _TILE), _per_chunk(k, group)
+    count = weight.tables.shape[0] if weight.tables.ndim else 0
+    if count < 1 or tiles % count:
+        raise FormatError(
+            f"tables holds {count} tables for {tiles} tiles of {_TILE} rows; expected a divisor."
+        )
+    expected = {
+        "codes": (weight.codes, (torch.int32,), list(_codes_shape(n, k, bits))),
+        "scales": (weight.scales, SCALE_DTYPES, [-(-(k // group) // together), tiles, 8, together, 2]),
+        "tables": (weight.tables, (torch.float32,), [count, 4**bits, 2]),
+    }
+    for name, (tensor, dtypes, shape) in expected.items():
+        if tensor.dtype not in dtypes or list(tensor.shape) != shape or not tensor.is_contiguous():
+            raise FormatError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}"
+                f"{'' if tensor.is_contiguous() else ', not contiguous'}; "
+                f"expected contiguous {' or '.join(map(str, dtypes))} {shape}."
+            )
+        if tensor.device != weight.codes.device:
+            raise FormatError(
+                f"{name} is on {tensor.device}, codes on {weight.codes.device}; expected the same."
+            )
+        if tensor.data_ptr() % 16:
+            raise FormatError(
+                f"{name} begins at an address that 16 does not divide; kernels need one that it does."
+            )

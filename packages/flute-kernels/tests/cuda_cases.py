@@ -1,0 +1,69 @@
+"""Random problems on the GPU, each drawn from one number, with their float64 answers."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flute_kernels import LutWeight, QuantizedLinear, QuantSpec
+
+GROUPS = (32, 64, 128, 256, -1)
+
+
+@dataclass
+class Case:
+    """One product, from ``seed`` alone. ``str(case)`` is what a failure report needs."""
+
+    seed: int
+    spec: QuantSpec = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    m: int = field(init=False)
+    n: int = field(init=False)
+    k: int = field(init=False)
+    tables: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        draw = random.Random(self.seed)
+        bits, p, group = draw.choice((2, 3, 4)), draw.choice((1, 2)), draw.choice(GROUPS)
+        self.spec = QuantSpec(bits=bits, vector_size=p, group_size=group)
+        self.dtype = draw.choice((torch.float16, torch.bfloat16))
+        self.m = draw.choice((1, 1, 2, 3, 5, 8, 9, 16, 17, 31, 64, 65, draw.randint(1, 300)))
+        self.k = max(group, 32) * draw.randint(1, max(1, draw.choice((512, 3000)) // max(group, 32)))
+        self.tables = draw.choice((1, 1, 2, 3))
+        self.n = draw.randint(1, 700) if self.tables == 1 else 16 * self.tables * draw.randint(1, 16)
+        self.scale_dtype = draw.choice((torch.float16, torch.bfloat16))
+        self.bias_dtype = draw.choice((None, None, self.dtype, torch.float32))
+        self.strided = draw.choice((0, 0, 0, 1, 2))
+
+    def make(self) -> tuple[LutWeight, Tensor, Tensor | None, Tensor]:
+        """The weight, x, the bias and ``x @ W_hat.T + bias`` in float64."""
+        generator = torch.Generator("cuda").manual_seed(self.seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device="cuda")
+
+        spec, n, k = self.spec, self.n, self.k
+        codes = torch.randint(
+            0, spec.table_entries, (n, k // spec.vector_size), generator=generator, device="cuda"
+        )
+        codes[:, 0] = codes[:, -1] = spec.table_entries - 1  # the last entry is in use
+        scales = (normal(n, k // spec.group_size_for(k)) * 0.1).to(self.scale_dtype)
+        codebook = normal(self.tables, spec.table_entries, spec.vector_size).half()
+        stored = QuantizedLinear.from_codes(codes, scales, codebook, spec)
+        dense = dense_weight(codes, scales, codebook)
+        x = normal(self.m, k * (1 + self.strided)).to(self.dtype)
+        x = x[:, self.strided : self.strided + k] if self.strided else x  # 2 or 4 bytes off, wider rows
+        bias = None if self.bias_dtype is None else normal(n).to(self.bias_dtype)
+        ref = torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double())
+        return LutWeight.from_linear(stored), x, bias, ref
+
+
+def dense_weight(codes: Tensor, scales: Tensor, codebook: Tensor) -> Tensor:
+    """``W_hat`` in float64: the formula of the format."""
+    n = len(codes)
+    table = torch.arange(n, device=codes.device) * len(codebook) // n
+    values = codebook.double()[table[:, None], codes.long()].flatten(1)
+    return values * scales.double().repeat_interleave(values.shape[1] // scales.shape[1], 1)

@@ -1,0 +1,49 @@
+"""The choice of a GPU kernel, which is pure host code: any problem has a plan that covers it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flute_kernels import _C
+
+A100 = (108, 164 * 1024)
+H100 = (132, 228 * 1024)
+RTX_4090 = (128, 100 * 1024)
+
+
+def plan(
+    n: int, k: int, m: int, *, bits: int = 4, tables: int = 1, gpu: tuple[int, int] = H100
+) -> dict[str, int]:
+    return _C.plan_sm80(n, k, bits, min(128, k), tables, m, *gpu)
+
+
+@given(
+    n=st.integers(1, 40_000),
+    k=st.integers(1, 900).map(lambda i: 32 * i),
+    m=st.integers(1, 65_536),
+    bits=st.sampled_from((2, 3, 4)),
+    gpu=st.sampled_from((A100, H100, RTX_4090, (1, 100 * 1024))),
+)
+def test_every_row_and_column_has_a_block(n: int, k: int, m: int, bits: int, gpu: tuple[int, int]) -> None:
+    p = plan(n, k, m, bits=bits, gpu=gpu)
+    assert p["column_blocks"] * p["columns"] >= m
+    assert p["row_blocks"] * p["tiles"] * p["warps_n"] * 16 >= n
+
+
+@given(tables=st.integers(1, 12), tiles=st.integers(1, 64), m=st.sampled_from((1, 8, 16, 64)))
+def test_no_block_crosses_from_one_table_to_the_next(tables: int, tiles: int, m: int) -> None:
+    p = plan(16 * tiles * tables, 4096, m, tables=tables)
+    assert p["tiles"] <= tiles  # a warp's tiles fit, moved back where they would reach beyond
+    assert p["row_blocks"] == tables * p["blocks_per_table"]
+    assert p["blocks_per_table"] * p["tiles"] * p["warps_n"] >= tiles
+
+
+def test_one_row_of_x_takes_narrow_tiles() -> None:
+    assert {plan(n, 4096, m)["columns"] for n in (16, 4096, 28672) for m in (1, 8)} == {8}
+
+
+def test_common_shapes_fill_the_gpu_in_one_wave() -> None:
+    for n, k in ((4096, 4096), (6144, 4096), (4096, 14336), (8192, 28672), (57344, 8192)):
+        p = plan(n, k, 1)
+        assert 100 <= p["row_blocks"] <= 132, (n, k, p)
