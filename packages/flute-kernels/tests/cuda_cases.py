@@ -30,7 +30,7 @@ class Case:
         bits, p, group = draw.choice((2, 3, 4)), draw.choice((1, 2)), draw.choice(GROUPS)
         self.spec = QuantSpec(bits=bits, vector_size=p, group_size=group)
         self.dtype = draw.choice((torch.float16, torch.bfloat16))
-        self.m = draw.choice((1, 1, 2, 3, 5, 8, 9, 16, 17, 31, 64, 65, draw.randint(1, 300)))
+        self.m = draw.choice((1, 1, 2, 3, 5, 8, 9, 16, 17, 31, 64, 128, 129, draw.randint(1, 300)))
         self.k = max(group, 32) * draw.randint(1, max(1, draw.choice((512, 3000)) // max(group, 32)))
         self.tables = draw.choice((1, 1, 2, 3))
         self.n = draw.randint(1, 700) if self.tables == 1 else 16 * self.tables * draw.randint(1, 16)

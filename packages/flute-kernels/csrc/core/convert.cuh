@@ -37,6 +37,37 @@ __device__ __forceinline__ uint32_t pack_two(float low, float high) {
          static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(&h)) << 16;
 }
 
+// Two values of a 16-bit type in one register, the first in the low half.
+template <class T>
+__device__ __forceinline__ float2 two_floats(uint32_t bits);
+template <>
+__device__ __forceinline__ float2 two_floats<__half>(uint32_t bits) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&bits));
+}
+template <>
+__device__ __forceinline__ float2 two_floats<__nv_bfloat16>(uint32_t bits) {
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+
+// Eight floats as T, in one or two 16-byte stores. Written as an instruction, since the compiler may split a
+// store through a pointer into four. `to` is aligned to 16 bytes.
+template <class T>
+__device__ __forceinline__ void store_eight(T* to, const float (&v)[8]) {
+  const auto store = [](void* at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+  };
+  if constexpr (sizeof(T) == 2) {
+    store(to, pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]),
+          pack_two<T>(v[6], v[7]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+      store(to + i, __float_as_uint(v[i]), __float_as_uint(v[i + 1]), __float_as_uint(v[i + 2]),
+            __float_as_uint(v[i + 3]));
+  }
+}
+
 // A 16-bit scale in the low half of `bits`, fp16 or bf16.
 __device__ __forceinline__ float scale_to_float(uint32_t bits, bool is_bf16) {
   const float half = __half2float(__ushort_as_half(static_cast<uint16_t>(bits)));

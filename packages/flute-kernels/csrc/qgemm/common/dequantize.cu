@@ -9,64 +9,77 @@ namespace flute::layout {
 namespace {
 
 constexpr int kWarps = 8;
+constexpr int kUnits = 2 * kWarps;  // of a block
 
 struct Args {
   const uint32_t* codes;
-  const uint16_t* scales;
+  const uint32_t* scales;  // pairs: rows g and g + 8
   const float2* tables;
   void* out;
   int64_t k, tiles, tile0, rows, units, tiles_per_table;
-  int group_shift;  // log2 of chunks per group, where a group is a chunk or more
+  int group_shift;
   bool scale_bf16;
 };
 
-template <class T>
-__device__ __forceinline__ void store_eight(T* to, const float (&v)[8]) {
-  if constexpr (sizeof(T) == 2) {
-    uint4 out = {pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]),
-                 pack_two<T>(v[6], v[7])};
-    *reinterpret_cast<uint4*>(to) = out;
-  } else {
-    *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
-    *reinterpret_cast<float4*>(to + 4) = make_float4(v[4], v[5], v[6], v[7]);
-  }
-}
+// What a lane reads of a unit.
+template <int kBits, int kScales>
+struct Unit {
+  uint32_t words[4], scales[kScales];
 
-// A block takes one tile of 16 rows and walks along K, a unit a warp. Lanes store 16-byte runs of K; a
-// row's 128 bytes of a unit come from one warp. The pair table lies in shared memory as float: the
-// product with the scale is rounded once, to the type of the result.
+  __device__ __forceinline__ void load(const Args& a, int64_t unit, int64_t tile, int lane) {
+    const uint32_t* in = a.codes + (unit * a.tiles + tile) * (32 * kBits);
+    if constexpr (kBits == 4) {
+      const uint4 four = *reinterpret_cast<const uint4*>(in + 4 * lane);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+    } else {
+      const uint2 two = *reinterpret_cast<const uint2*>(in + 2 * lane);
+      words[0] = two.x, words[1] = two.y;
+      if constexpr (kBits == 3) words[2] = in[64 + lane];
+    }
+    const uint32_t* from = a.scales + (((unit >> a.group_shift) * a.tiles + tile) * 8 + lane / 4) * kScales;
+#pragma unroll
+    for (int s = 0; s < kScales; ++s) scales[s] = from[s];
+  }
+};
+
+// A block takes 16 rows by 1024 of K, a unit a warp and then one more, whose codes are then under way.
+// Blocks that run at the same time are neighbours along K: with a whole row of tiles a block, the GPU would
+// write to thousands of places at once, and its memory would take a third of the bytes (measured). A row's
+// part of a unit comes from one warp. The pair table lies in shared memory as float, since the product with
+// the scale is rounded once, to the type of the result. A warp reads 8-byte entries half by half, so sixteen
+// copies keep its lanes out of each other's banks.
 template <int kBits, class T, int kScales>
 __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const Args a) {
-  __shared__ float2 table[1 << (2 * kBits)];
-  const int64_t tile = a.tile0 + blockIdx.x;
-  const float2* from = a.tables + tile / a.tiles_per_table * (1 << (2 * kBits));
-  for (int i = threadIdx.x; i < 1 << (2 * kBits); i += kWarps * 32) table[i] = from[i];
+  constexpr int kEntries = 1 << (2 * kBits), kCopies = 16;
+  __shared__ float2 table[kEntries][kCopies];
+  const int64_t tile = a.tile0 + blockIdx.y;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  int64_t unit = int64_t{blockIdx.x} * kUnits + threadIdx.x / 32;
+  const int64_t end = min(int64_t{blockIdx.x + 1} * kUnits, a.units);
+  Unit<kBits, kScales> next;
+  if (unit < end) next.load(a, unit, tile, lane);
+  const float2* from = a.tables + tile / a.tiles_per_table * kEntries;
+  for (int i = threadIdx.x; i < kEntries * kCopies; i += kWarps * 32)
+    table[i / kCopies][i % kCopies] = from[i / kCopies];
   __syncthreads();
 
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  for (int64_t unit = blockIdx.y * kWarps + threadIdx.x / 32; unit < a.units;
-       unit += int64_t{kWarps} * gridDim.y) {
-    const uint32_t* in = a.codes + (unit * a.tiles + tile) * (32 * kBits);
-    uint32_t words[kBits];
-#pragma unroll
-    for (int w = 0; w < kBits; ++w) words[w] = in[word_offset(kBits, lane, w)];
+  for (; unit < end; unit += kWarps) {
+    const Unit<kBits, kScales> now = next;
+    if (unit + kWarps < end) next.load(a, unit + kWarps, tile, lane);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t k = unit * kUnit + 32 * h + 8 * t;
       if (k >= a.k) continue;
-      const int64_t chunk = unit / 2;
-      const int which = kScales == 4 ? 2 * (unit % 2) + h : kScales == 2 ? unit % 2 : 0;
-      const int64_t line = kScales == 1 ? chunk >> a.group_shift : chunk;
-      const uint16_t* scale = a.scales + (((line * a.tiles + tile) * 8 + g) * kScales + which) * 2;
+      const uint32_t both = now.scales[kScales == 2 ? h : 0];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int64_t row = blockIdx.x * int64_t{kTile} + g + 8 * r;
+        const int64_t row = blockIdx.y * int64_t{kTile} + g + 8 * r;
         if (row >= a.rows) continue;
-        const float s = scale_to_float(scale[r], a.scale_bf16);
+        const float s = scale_to_float(r ? both >> 16 : both, a.scale_bf16);
         float v[8];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 pair = table[pair_number(kBits, words, h, r, i)];
+          const float2 pair = table[pair_number(kBits, now.words, h, r, i)][lane % kCopies];
           v[2 * i] = s * pair.x, v[2 * i + 1] = s * pair.y;
         }
         store_eight(static_cast<T*>(a.out) + row * a.k + k, v);
@@ -79,9 +92,7 @@ using Kernel = void (*)(Args);
 
 template <int kBits, class T>
 Kernel by_scales(int scales) {
-  return scales == 4   ? dequantize_kernel<kBits, T, 4>
-         : scales == 2 ? dequantize_kernel<kBits, T, 2>
-                       : dequantize_kernel<kBits, T, 1>;
+  return scales == 2 ? dequantize_kernel<kBits, T, 2> : dequantize_kernel<kBits, T, 1>;
 }
 
 template <int kBits>
@@ -96,30 +107,31 @@ Kernel by_type(DType dtype, int scales) {
 Status dequantize(const DequantizeProblem& p) {
   const QWeight& w = p.weight;
   if (p.rows == 0) return {};
-  const int scales = scales_per_chunk(w);
+  const int scales = scales_per_unit(w);
   const Kernel kernel = w.bits == 4   ? by_type<4>(p.dtype, scales)
                         : w.bits == 3 ? by_type<3>(p.dtype, scales)
                                       : by_type<2>(p.dtype, scales);
-  const int64_t row_tiles = tiles(p.rows);
-  // Enough blocks to fill the GPU, each long enough to pay for its table.
-  const int64_t wanted = int64_t{p.gpu.multiprocessors} * 16;
-  const int64_t along_k =
-      std::clamp<int64_t>(wanted / row_tiles, 1, (units(w.k) + 4 * kWarps - 1) / (4 * kWarps));
-  const Args args{static_cast<const uint32_t*>(w.codes),
-                  static_cast<const uint16_t*>(w.scales),
-                  static_cast<const float2*>(w.tables),
-                  p.out,
-                  w.k,
-                  tiles(w.n),
-                  p.first_row / kTile,
-                  p.rows,
-                  units(w.k),
-                  tiles_per_table(w),
-                  group_shift(w),
-                  w.scale_dtype == DType::bf16};
   const DeviceGuard guard(p.gpu.device);
-  kernel<<<dim3(row_tiles, along_k), kWarps * 32, 0, static_cast<cudaStream_t>(p.stream)>>>(args);
-  return cuda_status(cudaGetLastError(), "dequantizing");
+  constexpr int64_t kMost = 65535;  // tiles of a launch: a grid's second dimension
+  for (int64_t first = 0; first < tiles(p.rows); first += kMost) {
+    const Args args{static_cast<const uint32_t*>(w.codes),
+                    static_cast<const uint32_t*>(w.scales),
+                    static_cast<const float2*>(w.tables),
+                    static_cast<char*>(p.out) + first * kTile * w.k * size_of(p.dtype),
+                    w.k,
+                    tiles(w.n),
+                    p.first_row / kTile + first,
+                    p.rows - first * kTile,
+                    units(w.k),
+                    tiles_per_table(w),
+                    group_shift(w),
+                    w.scale_dtype == DType::bf16};
+    const dim3 grid(static_cast<unsigned>((units(w.k) + kUnits - 1) / kUnits),
+                    static_cast<unsigned>(std::min(kMost, tiles(p.rows) - first)));
+    kernel<<<grid, kWarps * 32, 0, static_cast<cudaStream_t>(p.stream)>>>(args);
+    if (const Status status = cuda_status(cudaGetLastError(), "dequantizing"); !status.ok()) return status;
+  }
+  return {};
 }
 
 }  // namespace flute::layout

@@ -3,12 +3,12 @@
 // bytes, the runs of a unit being neighbours:
 //
 //   codes   uint32 [units][tiles][32 lanes][bits]      (3 bits: [2 words of 32 lanes][1 word of 32 lanes])
-//   scales  16-bit [K/group][tiles][8][2]               group >= 128: rows g and g + 8 beside each other
-//           16-bit [chunks][tiles][8][128/group][2]     group 32 and 64: all scales of 128 weights
+//   scales  16-bit [ceil(K/group)][tiles][8][2]         rows g and g + 8 beside each other
+//           16-bit [units][tiles][8][2 groups][2]       groups of 32, both of a unit together
 //   tables  float  [T][4^bits][2]                       pairs of weights, whatever the vector size
 //
-// Units come in twos (a chunk of 128), so K is padded to a multiple of 128 with code 0; x is taken as
-// zero there. Tiles are padded with rows of code 0 and scale 0.
+// Where K ends inside a unit, the rest has code 0, and x is taken as zero there. Tiles are padded with rows
+// of code 0 and scale 0.
 //
 // Lane 4g + t, g = 0..7, t = 0..3, owns rows g and g + 8 of the tile and, in each half h = 0, 1 of the
 // unit, the eight neighbours k = 32h + 8t .. + 7. That is the A fragment of two m16n8k16 products, if
@@ -38,22 +38,18 @@
 
 namespace flute::layout {
 
-constexpr int kTile = 16;    // rows
-constexpr int kUnit = 64;    // weights along K
-constexpr int kChunk = 128;  // weights along K: two units
+constexpr int kTile = 16;  // rows
+constexpr int kUnit = 64;  // weights along K
 
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
-inline int64_t chunks(int64_t k) { return (k + kChunk - 1) / kChunk; }
-inline int64_t units(int64_t k) { return 2 * chunks(k); }
-// Scales of a chunk that lie together.
-inline int scales_per_chunk(const QWeight& w) {
-  return w.group >= kChunk || w.group == w.k ? 1 : static_cast<int>(kChunk / w.group);
-}
-// log2 of the chunks that share a scale; a group of all of K has one, whatever K is.
+inline int64_t units(int64_t k) { return (k + kUnit - 1) / kUnit; }
+// Scales of a unit.
+inline int scales_per_unit(const QWeight& w) { return w.group == 32 && w.k > 32 ? 2 : 1; }
+// log2 of the units that share a line of scales; a group of all of K has one line, whatever K is.
 inline int group_shift(const QWeight& w) {
   if (w.group == w.k) return 31;
   int shift = 0;
-  while ((int64_t{kChunk} << shift) < w.group) ++shift;
+  while ((int64_t{kUnit} << shift) < w.group) ++shift;
   return shift;
 }
 // Every table serves the same number of tiles: their borders lie at multiples of 16 rows.

@@ -6,7 +6,8 @@
 namespace flute::sm80 {
 
 // One compiled shape. A block has warps_k * warps_n warps: warps_n groups of `tiles` neighbouring tiles
-// of 16 rows, each group's K divided among warps_k warps, chunk by chunk in turn.
+// of 16 rows, each group's K divided among warps_k warps, unit by unit in turn. warps_k is a multiple of 4, so that
+// warps_k units are whole groups of up to 256.
 struct Config {
   int columns;  // rows of x that a block multiplies: 8 or 16
   int tiles;    // row tiles of a warp
@@ -38,13 +39,11 @@ struct Params {
   uint16_t* out;
   const void* bias;
   int64_t ldx, ldo;
-  int n, m, k;
-  int tiles, chunks;
-  int tiles_per_table, blocks_per_table;
-  int column_blocks;  // blocks along M, the fastest index: they share codes in the L2 cache
-  int group_shift;    // log2 of chunks per scale
+  int n, m;
+  int tiles, units;
+  int tiles_per_table;
+  int group_shift;  // log2 of units per scale
   int bias_dtype;
-  bool scale_bf16;
 };
 
 }  // namespace flute::sm80

@@ -7,7 +7,7 @@
 // same pipe, so the kernel counts its wavefronts: of a 16 x 64 unit at 4 bits, 16 for the lookups, 4 for
 // the codes, half a one for the scale, and for x (2 to 16) / tiles.
 //
-// Who does what. A warp owns `tiles` neighbouring tiles of 16 rows and every warps_k-th chunk of 128
+// Who does what. A warp owns `tiles` neighbouring tiles of 16 rows and every warps_k-th unit of 64
 // along K; the fragments of x that it loads serve all its tiles. The lanes' codes lie in memory in the
 // order in which the lanes need them (common/layout.h), so a unit is one load a lane, always under way
 // `depth` units ahead. A byte of codes is an index into the pair table. Each of the table's 256 entries
@@ -37,26 +37,59 @@ namespace flute::sm80 {
 
 extern __shared__ __align__(1024) unsigned char shared[];
 
-// Copies a table into every bank, as the type of x.
+// A table on its way into every bank. Eight threads make the 128 bytes of an entry, each 16 of them.
 template <int kBits, class T, int kThreads>
-__device__ __forceinline__ void fill_table(const float2* table) {
-  const int copy = threadIdx.x % 8;  // 16 bytes of a line of 128
+struct Table {
+  static constexpr int kLines = (256 * 8 + kThreads - 1) / kThreads;  // that a thread makes
+  float2 low[kLines], high[kBits == 2 ? kLines : 1];
+
+  __device__ __forceinline__ void load(const float2* table) {
 #pragma unroll
-  for (int id = threadIdx.x; id < 256 * 8; id += kThreads) {
-    const int entry = id / 8;
-    uint4 line;
-    if constexpr (kBits == 2) {
-      const float2 low = table[entry & 15], high = table[entry >> 4];
-      const uint32_t first = pack_two<T>(low.x, low.y), second = pack_two<T>(high.x, high.y);
-      line = make_uint4(first, second, first, second);
-    } else {
+    for (int i = 0; i < kLines; ++i) {
+      const int entry = (i * kThreads + threadIdx.x) / 8 & 255;
       // 3 bits: 64 entries four times over, so that the two top bits of an index do not matter.
-      const float2 pair = table[kBits == 3 ? entry & 63 : entry];
-      const uint32_t both = pack_two<T>(pair.x, pair.y);
-      line = make_uint4(both, both, both, both);
+      low[i] = table[kBits == 2 ? entry & 15 : kBits == 3 ? entry & 63 : entry];
+      if (kBits == 2) high[i] = table[entry >> 4];
     }
-    *reinterpret_cast<uint4*>(shared + entry * 256 + copy * 16) = line;
   }
+  __device__ __forceinline__ void store() const {
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) {
+      const int id = i * kThreads + threadIdx.x;
+      if (256 * 8 % kThreads && id >= 256 * 8) break;
+      const uint32_t first = pack_two<T>(low[i].x, low[i].y);
+      const uint32_t second = kBits == 2 ? pack_two<T>(high[i].x, high[i].y) : first;
+      *reinterpret_cast<uint4*>(shared + id / 8 * 256 + id % 8 * 16) =
+          make_uint4(first, second, first, second);
+    }
+  }
+};
+
+// Table entries by their offset in the table. The table's address should be the constant of the load
+// instruction: else the compiler adds it to every offset, one more instruction a lookup. Machine code for
+// 8.x does that by itself. From 9.0 on, an address in shared memory also names the block of a cluster, so
+// there the constant is written: dynamic shared memory begins behind 1 KB that the system keeps. The kernel
+// checks it.
+#if __CUDA_ARCH__ >= 900
+constexpr int kTableAddress = 1024;
+__device__ __forceinline__ bool table_is_elsewhere() {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared)) != kTableAddress;
+}
+__device__ __forceinline__ uint32_t table_base() { return 0; }
+#else
+constexpr int kTableAddress = 0;
+__device__ __forceinline__ bool table_is_elsewhere() { return false; }
+__device__ __forceinline__ uint32_t table_base() {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+#endif
+__device__ __forceinline__ void load_entry(uint32_t& pair, uint32_t offset) {
+  asm volatile("ld.shared.b32 %0, [%1+%2];" : "=r"(pair) : "r"(offset + table_base()), "n"(kTableAddress));
+}
+__device__ __forceinline__ void load_entry(uint32_t& low, uint32_t& high, uint32_t offset) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2+%3];"
+               : "=r"(low), "=r"(high)
+               : "r"(offset + table_base()), "n"(kTableAddress));
 }
 
 // The A fragments of the two products of K half h, from a lane's words of a unit.
@@ -64,14 +97,10 @@ template <int kBits>
 __device__ __forceinline__ void look_up(uint32_t (&a)[2][4], const uint32_t (&words)[4], int h,
                                         uint32_t offset) {
   if constexpr (kBits == 2) {
-    const auto quad = [&](uint32_t address, uint32_t& low, uint32_t& high) {
-      const uint2 four = *reinterpret_cast<const uint2*>(shared + address);
-      low = four.x, high = four.y;
-    };
-    quad(table_address<0>(words[h], offset), a[0][0], a[0][2]);
-    quad(table_address<1>(words[h], offset), a[1][0], a[1][2]);
-    quad(table_address<2>(words[h], offset), a[0][1], a[0][3]);
-    quad(table_address<3>(words[h], offset), a[1][1], a[1][3]);
+    load_entry(a[0][0], a[0][2], table_address<0>(words[h], offset));
+    load_entry(a[1][0], a[1][2], table_address<1>(words[h], offset));
+    load_entry(a[0][1], a[0][3], table_address<2>(words[h], offset));
+    load_entry(a[1][1], a[1][3], table_address<3>(words[h], offset));
   } else {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -87,118 +116,99 @@ __device__ __forceinline__ void look_up(uint32_t (&a)[2][4], const uint32_t (&wo
   }
 }
 
-// kScales: scales of a chunk (1 for groups of 128 and more).
-template <int kBits, class T, int kScales, int kColumns, int kTiles, int kWarpsK, int kWarpsN, int kDepth,
-          int kResident>
+// kScales: scales of a unit, 1 or (groups of 32) 2. S: their type.
+template <int kBits, class T, class S, int kScales, int kColumns, int kTiles, int kWarpsK, int kWarpsN,
+          int kDepth, int kResident>
 __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     kernel(const __grid_constant__ Params p) {
   constexpr int kThreads = kWarpsK * kWarpsN * 32;
   constexpr int kFragments = kColumns / 8;
   constexpr int kUnitWords = 32 * kBits;
-  constexpr bool kScalesAhead = kTiles < 5;  // a whole chunk ahead; with more tiles, that hides no more
   launch_dependents();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_k = warp % kWarpsK, warp_n = warp / kWarpsK;
-  const int column0 = blockIdx.x % p.column_blocks * kColumns;
-  const int row_block = blockIdx.x / p.column_blocks;
-  const int table = row_block / p.blocks_per_table;
+  const int column0 = blockIdx.x * kColumns, table = blockIdx.z;
   // A table's last blocks move back until they are whole: some rows are then made twice, alike.
   const auto first_tile = [&](int group) {
-    const int wanted = (row_block % p.blocks_per_table * kWarpsN + group) * kTiles;
+    const int wanted = (blockIdx.y * kWarpsN + group) * kTiles;
     return table * p.tiles_per_table + min(wanted, p.tiles_per_table - kTiles);
   };
   const int tile0 = first_tile(warp_n);
 
-  // This warp's chunks are warp_k, warp_k + kWarpsK, ...; `codes` stands at the next unit to load.
-  const int mine = (p.chunks - warp_k + kWarpsK - 1) / kWarpsK;
-  const int64_t unit_stride = int64_t{p.tiles} * kUnitWords;
-  const int64_t chunk_stride = (2 * kWarpsK - 1) * unit_stride;  // from a second unit to the next first one
-  const uint32_t* codes = p.codes + tile0 * int64_t{kUnitWords} + 2 * warp_k * unit_stride;
-  const uint32_t* const scales = p.scales + (tile0 * int64_t{8} + g) * kScales;
-  const int64_t scale_stride = p.tiles * int64_t{8 * kScales};
+  if (table_is_elsewhere()) __trap();
+  Table<kBits, T, kThreads> entries;
+  entries.load(static_cast<const float2*>(p.tables) + table * (1 << (2 * kBits)));
 
-  uint32_t ahead[kDepth][kTiles][kBits];
-  const auto load_unit = [&](int d, int r, bool on) {
+  // This warp's units are warp_k, warp_k + kWarpsK, ...: a block reads K front to back. All pointers move
+  // by the same stride from one to the next, since kWarpsK units are always whole groups.
+  const int64_t code_step = int64_t{p.tiles} * kUnitWords * kWarpsK;
+  const uint32_t* codes =
+      p.codes + (int64_t{warp_k} * p.tiles + tile0) * kUnitWords + lane * (kBits == 4 ? 4 : 2);
+  const int64_t scale_step = int64_t{p.tiles} * (8 * kScales) * (kWarpsK >> p.group_shift);
+  const uint32_t* scales =
+      p.scales + (int64_t{warp_k >> p.group_shift} * p.tiles + tile0) * (8 * kScales) + g * kScales;
+  uint32_t ahead[kDepth][kTiles][kBits] = {}, scale[kDepth][kTiles][kScales] = {};
+  const auto load_words = [&](int d, int r, bool on) {
     const uint32_t* at = codes + r * kUnitWords;
     if constexpr (kBits == 4) {
-      load_codes(ahead[d][r], at + 4 * lane, on);
+      load_codes(ahead[d][r], at, on);
     } else {
-      load_codes(ahead[d][r][0], ahead[d][r][1], at + 2 * lane, on);
-      if constexpr (kBits == 3) load_codes(ahead[d][r][2], at + 64 + lane, on);
+      load_codes(ahead[d][r][0], ahead[d][r][1], at, on);
+      if constexpr (kBits == 3) load_codes(ahead[d][r][2], at - lane + 64, on);
     }
   };
-  uint32_t scale[kTiles][kScales], next_scale[kTiles][kScales];
-  const auto load_scale = [&](int r, int i) {
-    const int chunk = warp_k + i * kWarpsK;
-    const int line = kScales == 1 ? chunk >> p.group_shift : chunk;
-    load_scales(next_scale[r], scales + line * scale_stride + r * (8 * kScales), i < mine);
+  const auto load_scale = [&](int d, int r, bool on) {
+    load_scales(scale[d][r], scales + r * (8 * kScales), on);
   };
+  const auto advance = [&] { codes += code_step, scales += scale_step; };
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-      for (int w = 0; w < kBits; ++w) ahead[d][r][w] = 0;
-      load_unit(d, r, d / 2 < mine);
-      if (d == 0) {
-#pragma unroll
-        for (int s = 0; s < kScales; ++s) next_scale[r][s] = 0;
-        load_scale(r, 0);
-      }
+      load_words(d, r, warp_k + d * kWarpsK < p.units);
+      load_scale(d, r, warp_k + d * kWarpsK < p.units);
     }
-    codes += d % 2 ? chunk_stride : unit_stride;
+    advance();
   }
-  fill_table<kBits, T, kThreads>(static_cast<const float2*>(p.tables) + table * (1 << (2 * kBits)));
+  entries.store();
   wait_for_predecessor();
 
-  // x, a unit ahead: lanes 4g .. 4g + 3 hold row g. Rows beyond M and columns beyond K stay zero.
+  // x, a unit ahead: lanes 4g .. 4g + 3 hold row g. Rows beyond M stay zero.
   const uint16_t* x[kFragments];
   bool has_row[kFragments];
-  uint4 next_x[kFragments][2];
+  uint4 b[2][kFragments][2];
 #pragma unroll
   for (int j = 0; j < kFragments; ++j) {
     const int m = column0 + 8 * j + g;
     has_row[j] = m < p.m;
-    x[j] = p.x + min(m, p.m - 1) * p.ldx + 8 * t;
-    next_x[j][0] = next_x[j][1] = make_uint4(0, 0, 0, 0);
+    x[j] = p.x + min(m, p.m - 1) * p.ldx + warp_k * layout::kUnit + 8 * t;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) b[i / 2][j][i % 2] = make_uint4(0, 0, 0, 0);
   }
-  const auto load_unit_of_x = [&](int unit) {
+  const auto load_unit_of_x = [&](uint4(&to)[kFragments][2], int unit) {
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int k = unit * layout::kUnit + 32 * h;
-        if (k >= p.k) next_x[j][h] = make_uint4(0, 0, 0, 0);
-        load_x(next_x[j][h], x[j] + k, k < p.k && has_row[j]);
-      }
+      load_x(to[j][0], x[j], has_row[j] && unit < p.units);
+      load_x(to[j][1], x[j] + 32, has_row[j] && unit < p.units);
+      x[j] += kWarpsK * layout::kUnit;
     }
   };
-  load_unit_of_x(2 * warp_k);
+  load_unit_of_x(b[0], warp_k);
   __syncthreads();  // the table is whole
 
   const uint32_t copy = kBits == 2 ? lane % 16 * 8 : lane * 4;
   float sum[kTiles][kFragments][4] = {};
 
   constexpr int kUnrolled = kDepth > 2 ? kDepth : 2;
-  for (int i0 = 0; i0 < mine; i0 += kUnrolled / 2) {
+  for (int first = warp_k; first < p.units; first += kUnrolled * kWarpsK) {
 #pragma unroll
     for (int l = 0; l < kUnrolled; ++l) {
-      const int i = i0 + l / 2, d = l % kDepth, u = l % 2;  // chunk, register set, unit of the chunk
-      if (l > 1 && i >= mine) break;
-      const int unit = 2 * (warp_k + i * kWarpsK) + u;
-      uint4 b[kFragments][2];
-#pragma unroll
-      for (int j = 0; j < kFragments; ++j) b[j][0] = next_x[j][0], b[j][1] = next_x[j][1];
-      load_unit_of_x(u == 0 ? unit + 1 : unit + 2 * kWarpsK - 1);
-      if (kScalesAhead && u == 0) {
-#pragma unroll
-        for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-          for (int s = 0; s < kScales; ++s) scale[r][s] = next_scale[r][s];
-          load_scale(r, i + 1);
-        }
-      }
+      const int unit = first + l * kWarpsK, d = l % kDepth;
+      if (l > 0 && unit >= p.units) break;
+      uint4(&now)[kFragments][2] = b[l % 2];
+      load_unit_of_x(b[(l + 1) % 2], unit + kWarpsK);
+      const bool more = unit + kDepth * kWarpsK < p.units;
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {
         uint32_t words[4];
@@ -207,37 +217,33 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
         if constexpr (kBits == 3)
           words[3] =
               (words[0] >> 6 & 0x03030303u) | (words[1] >> 4 & 0x0c0c0c0cu) | (words[2] >> 2 & 0x30303030u);
-        load_unit(d, r, i + (u + kDepth) / 2 < mine);
-
+        // All lookups of the tile first: its registers are then free for the next unit's codes.
+        uint32_t a[2][2][4];
+        look_up<kBits>(a[0], words, 0, copy);
+        look_up<kBits>(a[1], words, 1, copy);
+        load_words(d, r, more);
         float part[kFragments][4] = {};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          uint32_t a[2][4];
-          look_up<kBits>(a, words, h, copy);
 #pragma unroll
           for (int j = 0; j < kFragments; ++j) {
-            mma<T>(part[j], a[0], b[j][h].x, b[j][h].y);
-            mma<T>(part[j], a[1], b[j][h].z, b[j][h].w);
+            mma<T>(part[j], a[h][0], now[j][h].x, now[j][h].y);
+            mma<T>(part[j], a[h][1], now[j][h].z, now[j][h].w);
           }
-          if (h == 1 || kScales == 4) {
-            const uint32_t both = (kScalesAhead ? scale : next_scale)[r][kScales == 4   ? 2 * u + h
-                                                                         : kScales == 2 ? u
-                                                                                        : 0];
-            const float s0 = scale_to_float(both, p.scale_bf16),
-                        s1 = scale_to_float(both >> 16, p.scale_bf16);
+          if (h + 1 < 2 / kScales) continue;
+          const float2 s = two_floats<S>(scale[d][r][kScales == 2 ? h : 0]);
 #pragma unroll
-            for (int j = 0; j < kFragments; ++j) {
+          for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
-              for (int c = 0; c < 4; ++c) {
-                sum[r][j][c] = fmaf(c < 2 ? s0 : s1, part[j][c], sum[r][j][c]);
-                if (kScales == 4) part[j][c] = 0.f;
-              }
+            for (int c = 0; c < 4; ++c) {
+              sum[r][j][c] = fmaf(c < 2 ? s.x : s.y, part[j][c], sum[r][j][c]);
+              part[j][c] = 0.f;
             }
           }
         }
-        if (!kScalesAhead && u == 1) load_scale(r, i + 1);
+        load_scale(d, r, more);
       }
-      codes += (u + kDepth) % 2 ? chunk_stride : unit_stride;
+      advance();
     }
   }
 

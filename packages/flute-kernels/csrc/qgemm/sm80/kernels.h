@@ -1,4 +1,4 @@
-// The compiled kernels, by bits, type of x, configuration, and scales of a chunk (1, 2, 4).
+// The compiled kernels, by bits, type of x, configuration, type of the scales, and scales of a unit.
 #pragma once
 
 #include "qgemm/sm80/config.h"
@@ -6,7 +6,7 @@
 namespace flute::sm80 {
 
 struct KernelRow {
-  const void* of_scales[3];
+  const void* of[2][2];  // scales fp16, bf16; groups of 64 and more, of 32
 };
 
 extern const KernelRow kKernels_b2_f16[kConfigCount], kKernels_b2_bf16[kConfigCount];

@@ -8,10 +8,13 @@
 namespace flute::sm80 {
 namespace {
 
+constexpr int64_t kMostBlocks = 65535;  // of a grid's second dimension
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How much of the shared-memory pipe this many warps keep busy. Measured on an H200 (docs/kernel-notes.md).
-double use_of_pipe(int64_t warps) {
+double use_of_pipe(const Config& c, int64_t warps) {
+  if (c.columns > 8) return warps >= 8 ? 0.6 : 0.35;
   return warps >= 16 ? 0.85 : warps >= 12 ? 0.75 : warps >= 8 ? 0.6 : 0.35;
 }
 
@@ -29,10 +32,9 @@ double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, co
   const int64_t on_busiest = ceil_div(blocks, gpu.multiprocessors);
   const int resident = std::clamp<int>(gpu.shared_bytes / (shared_bytes(c) + 1024), 1, c.resident);
   const int64_t warps = std::min<int64_t>(on_busiest, resident) * c.warps_k * c.warps_n;
-  // Warps that have no chunk, or one chunk fewer, wait for the others.
-  const double chunks = static_cast<double>(layout::chunks(w.k));
-  const double uneven = ceil_div(layout::chunks(w.k), c.warps_k) * c.warps_k / chunks;
-  return on_busiest * (main * uneven + ends) / use_of_pipe(warps);
+  // Warps that have a unit fewer wait for the others.
+  const double uneven = ceil_div(layout::units(w.k), c.warps_k) * c.warps_k / units;
+  return on_busiest * (main * uneven + ends) / use_of_pipe(c, warps);
 }
 
 }  // namespace
@@ -45,6 +47,7 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     const Config& c = kConfigs[i];
     if (c.tiles > tiles_per_table) continue;
     if (c.columns > 8 && m <= 8) continue;
+    if (ceil_div(tiles_per_table, c.tiles * c.warps_n) > kMostBlocks) continue;
     Plan plan;
     plan.config = i;
     plan.blocks_per_table = static_cast<int>(ceil_div(tiles_per_table, c.tiles * c.warps_n));

@@ -26,7 +26,7 @@ struct Prepared {
   std::atomic<int> state{0};  // 0 unknown, 1 plain, 2 with programmatic dependent launch
 };
 constexpr int kDevices = 16;
-Prepared prepared[kDevices][3][2][kConfigCount][3];
+Prepared prepared[kDevices][3][2][kConfigCount][2][2];  // device, bits, type of x, and as in KernelRow
 
 Status prepare(Prepared* slot, const void* kernel, int shared, int* state) {
   *state = slot ? slot->state.load(std::memory_order_acquire) : 0;
@@ -53,14 +53,14 @@ Status launch(const QgemmProblem& p) {
   const QWeight& w = p.weight;
   const Plan plan = make_plan(w, p.m, p.gpu);
   const Config& config = kConfigs[plan.config];
-  const int per_chunk = layout::scales_per_chunk(w), of_scales = per_chunk == 4 ? 2 : per_chunk - 1;
+  const int wide = w.scale_dtype == DType::bf16, fine = layout::scales_per_unit(w) - 1;
   const int half = p.dtype == DType::f16;
-  const void* kernel = kernels(w.bits, p.dtype)[plan.config].of_scales[of_scales];
+  const void* kernel = kernels(w.bits, p.dtype)[plan.config].of[wide][fine];
 
   const DeviceGuard guard(p.gpu.device);
   const int shared = shared_bytes(config);
   Prepared* slot =
-      p.gpu.device < kDevices ? &prepared[p.gpu.device][w.bits - 2][half][plan.config][of_scales] : nullptr;
+      p.gpu.device < kDevices ? &prepared[p.gpu.device][w.bits - 2][half][plan.config][wide][fine] : nullptr;
   int state = 0;
   if (Status status = prepare(slot, kernel, shared, &state); !status.ok()) return status;
 
@@ -74,20 +74,17 @@ Status launch(const QgemmProblem& p) {
                 p.ldo,
                 static_cast<int>(w.n),
                 static_cast<int>(p.m),
-                static_cast<int>(w.k),
                 static_cast<int>(layout::tiles(w.n)),
-                static_cast<int>(layout::chunks(w.k)),
+                static_cast<int>(layout::units(w.k)),
                 static_cast<int>(layout::tiles_per_table(w)),
-                plan.blocks_per_table,
-                plan.column_blocks,
                 layout::group_shift(w),
-                static_cast<int>(p.bias_dtype),
-                w.scale_dtype == DType::bf16};
+                static_cast<int>(p.bias_dtype)};
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(plan.row_blocks) * plan.column_blocks);
+  // Blocks that differ in x alone are neighbours: they share codes in the L2 cache. No index needs a division.
+  launch.gridDim = dim3(plan.column_blocks, plan.blocks_per_table, static_cast<unsigned>(w.table_count));
   launch.blockDim = dim3(config.warps_k * config.warps_n * 32);
   launch.dynamicSmemBytes = shared;
   launch.stream = static_cast<cudaStream_t>(p.stream);

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from flute_kernels import _C
 from flute_kernels.checks import DTYPES, check_dtype, check_hadamard, check_qgemm
-from flute_kernels.cuda.layout import check_layout, current_stream
+from flute_kernels.cuda.layout import check_layout, current_stream, pad_rows
 from flute_kernels.packed import PackedWeight
 
 __all__ = ["dequantize", "hadamard", "plain_qgemm", "qgemm", "weight_handle"]
 
-_FUSED_ROWS = 64
+_FUSED_ROWS = 128
 """Up to this many rows of x the fused kernel is faster than dequantizing; see docs/kernel-notes.md."""
 _CHUNK_BYTES = 64 << 20
 """Bound of the workspace that a dequantized part of a weight takes."""
@@ -60,19 +60,22 @@ def _multiply(handle: _C.QWeight, x: Tensor, weight: PackedWeight, bias: Tensor 
     rows = _as_rows(x)
     m, n = rows.shape[0], weight.out_features
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    fused = m <= _FUSED_ROWS and _C.qgemm_cuda(
-        handle,
-        rows.data_ptr(),
-        m,
-        rows.stride(0),
-        DTYPES[x.dtype],
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else DTYPES[bias.dtype],
-        out.data_ptr(),
-        n,
-        x.device.index,
-        current_stream(x.device),
-    )
+    fused = False
+    if m <= _FUSED_ROWS and x.dtype != torch.float32:
+        padded = pad_rows(rows)
+        fused = _C.qgemm_cuda(
+            handle,
+            padded.data_ptr(),
+            m,
+            padded.stride(0),
+            DTYPES[x.dtype],
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else DTYPES[bias.dtype],
+            out.data_ptr(),
+            n,
+            x.device.index,
+            current_stream(x.device),
+        )
     if not fused:
         _multiply_dequantized(handle, rows, weight, bias, out)
     return out.view(*x.shape[:-1], n)

@@ -15,10 +15,10 @@ from flute_kernels.format.linear import SCALE_DTYPES
 from flute_kernels.format.spec import PER_ROW
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["check_device", "check_layout", "current_stream", "pack", "unpack"]
+__all__ = ["check_device", "check_layout", "current_stream", "pack", "pad_rows", "unpack"]
 
 _TILE = 16
-_CHUNK = 128
+_UNIT = 64
 
 
 def current_stream(device: torch.device) -> int:
@@ -42,7 +42,7 @@ def check_device(device: torch.device) -> None:
 
 
 def pack(linear: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes int32 ``[units, tiles, 32*bits]``, scales ``[lines, tiles, 8, F, 2]``, tables float32 pairs."""
+    """Codes int32 ``[units, tiles, 32*bits]``, scales ``[lines, tiles, 8, 1 or 2, 2]``, tables of pairs."""
     n, k, bits = linear.out_features, linear.in_features, linear.spec.bits
     qweight = linear.qweight.contiguous()
     device = qweight.device
@@ -61,18 +61,24 @@ def unpack(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     return qweight, _unpack_scales(weight.scales, n, k // weight.group_size)
 
 
+def pad_rows(rows: Tensor) -> Tensor:
+    """x as the kernels want it, with zeros where K ends inside a unit of 64."""
+    missing = -rows.shape[1] % _UNIT
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
+
+
 def _codes_shape(n: int, k: int, bits: int) -> tuple[int, int, int]:
-    return 2 * -(-k // _CHUNK), -(-n // _TILE), 32 * bits
+    return -(-k // _UNIT), -(-n // _TILE), 32 * bits
 
 
-def _per_chunk(k: int, group_size: int) -> int:
-    """Scales of a chunk that lie together."""
-    return 1 if group_size >= _CHUNK or group_size == k else _CHUNK // group_size
+def _per_unit(k: int, group_size: int) -> int:
+    """Scales of 64 weights along K, which lie together."""
+    return 2 if group_size == 32 and k > 32 else 1
 
 
 def _pack_scales(scales: Tensor, k: int) -> Tensor:
     n, groups = scales.shape
-    tiles, together = -(-n // _TILE), _per_chunk(k, k // groups)
+    tiles, together = -(-n // _TILE), _per_unit(k, k // groups)
     lines = -(-groups // together)
     padded = scales.new_zeros(tiles * _TILE, lines * together)
     padded[:n, :groups] = scales
@@ -103,7 +109,7 @@ def check_layout(weight: PackedWeight) -> None:
     group = weight.group_size
     if group != k and (group not in (32, 64, 128, 256) or k % group):
         raise FormatError(f"group_size is {group}; expected 32, 64, 128, 256 or all of in_features = {k}.")
-    tiles, together = -(-n // _TILE), _per_chunk(k, group)
+    tiles, together = -(-n // _TILE), _per_unit(k, group)
     count = weight.tables.shape[0] if weight.tables.ndim else 0
     if count < 1 or tiles % count:
         raise FormatError(
