@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,13 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 
 ROOT = Path(__file__).parent
 PACKAGES = ("flute-kernels", "flute-quant", "flute-hf", "flute-vllm")  # in the order of their dependencies
-PYTHON_FILES = ("noxfile.py", "packages", "examples", "benchmarks", "tests")
+PYTHON_FILES = ("noxfile.py", "ci", "packages", "examples", "benchmarks", "tests")
 CONSTRAINTS = ("-c", "ci/constraints.txt")
 WORK = ROOT / ".nox/work"
 # For tests, which run beside other work: waiting threads that spin would take its cores, and their own.
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 
-_ready: set[str] = set()
+_ready: set[tuple[str, ...]] = set()
 
 
 def run(session: nox.Session, program: str, *arguments: str, **options: Any) -> Any:
@@ -32,21 +35,38 @@ def run(session: nox.Session, program: str, *arguments: str, **options: Any) -> 
     return session.run(str(WORK / "bin" / program), *arguments, external=True, **options)
 
 
-def install(session: nox.Session, *more: str) -> None:
+def install(session: nox.Session, *more: str, settings: tuple[str, ...] = ()) -> None:
     """Install the four packages as a user gets them (built wheels, no links to the source), and ``more``.
 
     torch is large, so one environment in ``.nox/work`` serves every session that needs it. Delete it to
-    begin anew.
+    begin anew. ``settings`` are pip's for the build.
     """
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-    if "packages" not in _ready:
+    if settings not in _ready:
+        build = (*pip, *settings)
+        folders = [f"./packages/{name}" for name in PACKAGES]
         session.run(sys.executable, "-m", "virtualenv", "--quiet", str(WORK), external=True)
         # Without dependencies first, so that the pins between the packages find each other.
-        run(session, "python", *pip, "--no-deps", "--force-reinstall", *(f"./packages/{p}" for p in PACKAGES))
-        run(session, "python", *pip, *CONSTRAINTS, *(f"./packages/{p}[test]" for p in PACKAGES))
-        _ready.add("packages")
+        run(session, "python", *build, "--no-deps", "--force-reinstall", *folders)
+        run(session, "python", *build, *CONSTRAINTS, *(f"{folder}[test]" for folder in folders))
+        _ready.clear()  # of builds with other settings, which these have replaced
+        _ready.add(settings)
     if more:
         run(session, "python", *pip, *CONSTRAINTS, *more)
+
+
+def printed(*command: str) -> str:
+    """What a program of this machine prints; nothing if there is none of that name, or if it fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def nvcc_release() -> str:
+    """Such as ``13.0``, of the nvcc that CMake takes; nothing if there is none."""
+    release = re.search(r"release (\d+\.\d+)", printed(os.environ.get("CUDACXX", "nvcc"), "--version"))
+    return release[1] if release else ""
 
 
 @nox.session(venv_backend="none")
@@ -117,19 +137,87 @@ def sdist(session: nox.Session) -> None:
     session.run("python", str(ROOT / "ci/check_dist.py"), str(dist))
 
 
+def build_kernels(session: nox.Session, entry: dict[str, Any]) -> None:
+    """Build the wheel of one entry of ci/wheels.json into dist/<label>/, install it and check it."""
+    label, cuda = entry["label"], entry["cuda"]
+    version = (ROOT / "VERSION").read_text(encoding="utf-8").strip()
+    if entry["local_version"]:
+        version += f"+cu{cuda.replace('.', '')}.{label}"
+    # In a copy, where the version can be written: the package's file VERSION is a link to the only one.
+    source, dist = Path(session.create_tmp()) / "flute-kernels", ROOT / "dist" / label
+    for folder in (source, dist):
+        shutil.rmtree(folder, ignore_errors=True)
+    built = shutil.ignore_patterns("build", "*.so", "__pycache__")
+    shutil.copytree(ROOT / "packages/flute-kernels", source, ignore=built)
+    (source / "VERSION").write_text(version + "\n", encoding="utf-8")
+    # Said where it is empty, too: the environment variable of that name has no part in a wheel.
+    setting = f"cmake.define.FLUTE_CUDA_ARCHITECTURES={';'.join(entry['architectures'])}"
+    session.run("python", "-m", "build", "--wheel", "-C", setting, "--outdir", str(dist), str(source))
+    [wheel] = dist.glob("*.whl")
+    if "AUDITWHEEL_PLAT" in os.environ:  # in an image whose wheels run on every Linux of its age and later
+        session.run("auditwheel", "repair", "--wheel-dir", str(dist), str(wheel), external=True)
+        wheel.unlink()
+        [wheel] = dist.glob("*.whl")
+    session.install("--no-deps", "--force-reinstall", str(wheel))
+    session.run("python", str(ROOT / "ci/check_wheel.py"), str(wheel), label, version)
+
+
 @nox.session
 def wheels(session: nox.Session) -> None:
-    """Build the wheels of ci/wheels.json into dist/: ``nox -s wheels``, or ``-- cpu`` for one label."""
-    labels = {entry["label"]: entry for entry in json.loads((ROOT / "ci/wheels.json").read_text())["kernels"]}
-    wanted = session.posargs or ["cpu"]
+    """Build wheels into dist/: ``-- sm90 fat`` those of ci/wheels.json, ``-- pure`` those of Python alone."""
+    table = json.loads((ROOT / "ci/wheels.json").read_text(encoding="utf-8"))
+    entries = {entry["label"]: entry for entry in table["kernels"]}
+    wanted = session.posargs or ["cpu", "pure"]
+    release = nvcc_release()
     for label in wanted:
-        if label not in labels:
-            session.error(f"{label!r} is not in ci/wheels.json; it has {', '.join(labels)}.")
-    session.install(*CONSTRAINTS, "build")
+        if label not in (*entries, "pure"):
+            session.error(f"{label!r} is not pure and not in ci/wheels.json, which has {', '.join(entries)}")
+        cuda = entries[label]["cuda"] if label != "pure" else None
+        if cuda and cuda != release:
+            here = f"the one here is {release}" if release else "there is none here"
+            session.error(f"The wheel {label} is compiled by nvcc {cuda}; {here}")
+    session.install(*CONSTRAINTS, "build", "nanobind-backend")
     for label in wanted:
-        session.run("python", "-m", "build", "--wheel", "--outdir", f"dist/{label}", "packages/flute-kernels")
-    for name in PACKAGES[1:]:
-        session.run("python", "-m", "build", "--wheel", "--outdir", "dist", f"packages/{name}")
+        if label != "pure":
+            build_kernels(session, entries[label])
+            continue
+        for name in PACKAGES[1:]:
+            session.run("python", "-m", "build", "--wheel", "--outdir", "dist/pure", f"packages/{name}")
+
+
+@nox.session(venv_backend="none")
+def tests_gpu(session: nox.Session) -> None:
+    """The tests that need a GPU, on this machine's; ``-- --here`` with the python that runs nox.
+
+    A GPU machine may have a torch of its own, and no network: ``--here`` installs nothing. It wants torch,
+    nanobind, nanobind-backend, pytest, hypothesis and numpy with that python, CMake and Ninja, and puts
+    the compiled module beside the sources.
+    """
+    if not nvcc_release():
+        session.error("There is no nvcc, which compiles the GPU kernels before they are tested")
+    if not printed("nvidia-smi", "-L"):
+        session.error("There is no GPU: nvidia-smi -L lists none")
+    here = "--here" in session.posargs
+    python = sys.executable if here else str(WORK / "bin/python")
+    if not here:
+        install(session, settings=("-C", "cmake.define.FLUTE_CUDA_ARCHITECTURES=native"))
+    # The tests skip themselves where torch sees no GPU, and all would look well.
+    torch = "import torch; print(torch.__version__, *['sees'] * torch.cuda.is_available())"
+    found = session.run(python, "-c", torch, silent=True, external=True).strip()
+    if not found.endswith("sees"):
+        session.error(f"torch {found} of {python} sees no GPU; --here takes that of the python that runs nox")
+    env = dict(PASSIVE)
+    if here:
+        env["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in ROOT.glob("packages/*/src"))
+        kernels, build = "packages/flute-kernels", "build/gpu"
+        options = (f"-DPython_EXECUTABLE={python}", "-DFLUTE_CUDA_ARCHITECTURES=native")
+        session.run("cmake", "-S", kernels, "-B", build, "-G", "Ninja", *options, external=True)
+        session.run("cmake", "--build", build, external=True)
+        session.run("cmake", "--install", build, "--prefix", f"{kernels}/src", external=True)
+    # Only the files that have such tests, so that kernels are tested where, say, Transformers is missing.
+    files = [str(file) for file in ROOT.glob("packages/*/tests/*.py") if "mark.gpu" in file.read_text()]
+    arguments = [argument for argument in session.posargs if argument != "--here"]
+    session.run(python, "-m", "pytest", "-m", "gpu", *files, *arguments, env=env, external=True)
 
 
 @nox.session(venv_backend="none")
