@@ -222,10 +222,14 @@ def tests_gpu(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Measure: ``nox -s bench -- cpu`` for the CPU kernels and whole-model generation."""
+    """Measure: ``nox -s bench -- cpu`` for CPU kernels and whole models, ``-- gpu`` for GPU kernels."""
     what, *rest = session.posargs or ["cpu"]
-    install(session, "-r", "examples/requirements.txt")
+    if what == "gpu":
+        install(session, "matplotlib", settings=("-C", "cmake.define.FLUTE_CUDA_ARCHITECTURES=native"))
+        run(session, "python", "benchmarks/gpu/linears.py", *rest)
+        return
     if what != "cpu":
-        session.error(f"{what!r} is not a benchmark; there is cpu.")
+        session.error(f"{what!r} is not a benchmark; there are cpu and gpu.")
+    install(session, "-r", "examples/requirements.txt")
     run(session, "python", "benchmarks/cpu_linears.py", *rest)
     run(session, "python", "benchmarks/generation.py", *rest)

@@ -7,7 +7,8 @@ import datetime as dt
 import json
 import platform
 import re
-from importlib.metadata import version
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from flute_kernels import build_info
 
-__all__ = ["add_argument", "cpu_model", "save"]
+__all__ = ["add_argument", "cpu_model", "gpu_model", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,6 +34,27 @@ def cpu_model() -> str:
     return f"{name}{family}, {torch.get_num_threads()} threads"
 
 
+def gpu_model() -> str | None:
+    """The GPU's name, its number of multiprocessors and its driver; None where there is no GPU."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return f"{properties.name}, {properties.multi_processor_count} multiprocessors, driver {driver}"
+
+
+def _versions() -> dict[str, str]:
+    """Of what may matter and is installed."""
+    versions = {"flute-kernels": build_info().version, "torch": torch.__version__}
+    for package in ("transformers", "triton", "vllm", "humming-kernels", "bitsandbytes"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions | ({"cuda": torch.version.cuda} if torch.version.cuda else {})
+
+
 def add_argument(parser: argparse.ArgumentParser) -> None:
     """The option that :func:`save` obeys."""
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results/")
@@ -40,14 +62,14 @@ def add_argument(parser: argparse.ArgumentParser) -> None:
 
 def save(name: str, figures: Any) -> None:
     """Write ``figures`` with machine, versions and date to ``benchmarks/results/<name>-<date>.json``."""
-    packages = ("flute-kernels", "torch", "transformers")
     date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
     record = {
         "date": date,
         "cpu": cpu_model(),
         "cpu_isa": build_info().cpu_isa,
+        "gpu": gpu_model(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": _versions(),
         "figures": figures,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@
 #include <string>
 
 #include "core/gpu.h"
+#include "core/launch.h"
 #include "cpu_isa/isa.h"
 #include "hadamard/cuda.h"
 #include "hadamard/hadamard.h"
@@ -252,6 +253,7 @@ NB_MODULE(_C, m) {
   m.def("unpack_cuda", &unpack_cuda);
   m.def("refusal_of_gpu", &refusal_of_gpu);
   m.def("plan_sm80", &plan_sm80);
+  m.def("launch_early", [](bool early) { launch_early() = early; });
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("available_isas", &cpu::available_isas);
   m.def("select_isa", &cpu::select_isa);

@@ -3,6 +3,7 @@
 #include <atomic>
 
 #include "core/cuda.h"
+#include "core/launch.h"
 #include "qgemm/common/layout.h"
 #include "qgemm/sm80/kernels.h"
 #include "qgemm/sm80/plan.h"
@@ -89,7 +90,7 @@ Status launch(const QgemmProblem& p) {
   launch.dynamicSmemBytes = shared;
   launch.stream = static_cast<cudaStream_t>(p.stream);
   launch.attrs = &early;
-  launch.numAttrs = state == 2 ? 1 : 0;
+  launch.numAttrs = state == 2 && launch_early() ? 1 : 0;
   void* arguments[] = {&params};
   return cuda_status(cudaLaunchKernelExC(&launch, kernel, arguments), "launching qgemm");
 }

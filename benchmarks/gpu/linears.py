@@ -1,0 +1,131 @@
+"""FLUTE's products on a GPU beside torch.mm and every peer that is installed.
+
+Each side's result is checked against its own dequantized weight in float32 before it is timed; weights are
+used in turn so that none is in the L2 cache; times are medians of CUDA-graph replays::
+
+    nox -s bench -- gpu                       or, where nothing can be installed:
+    python benchmarks/gpu/linears.py --rows 1,8,16 --bits 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py serves all benchmarks
+import record
+from problem import Problem
+from sides import SIDES, Absent, Side
+from timing import microseconds
+
+SHAPES = json.loads((Path(__file__).parents[1] / "shapes.json").read_text(encoding="utf-8"))["gpu"]
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 1.5e-2}  # of peers; FLUTE's own are the tests'
+
+
+def main() -> None:
+    """Print a table for each shape, bits and dtype, and save the figures where asked."""
+    parser = argparse.ArgumentParser(description="GPU kernels against torch.mm and peers.")
+    parser.add_argument("--shapes", help="such as 4096x4096,28672x4096 (N x K); default: shapes.json")
+    parser.add_argument("--rows", help="of x, such as 1,8,16; default: shapes.json")
+    parser.add_argument("--bits", default="4,3,2")
+    parser.add_argument("--dtypes", default="fp16,bf16")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--sides", default=",".join(SIDES), help=f"of {', '.join(SIDES)}")
+    record.add_argument(parser)
+    options = parser.parse_args()
+    shapes = [_numbers(s, "x") for s in options.shapes.split(",")] if options.shapes else SHAPES["shapes"]
+    rows = _numbers(options.rows, ",") if options.rows else SHAPES["rows"]
+    bandwidth = copy_bandwidth()
+    print(f"{record.gpu_model()}; an elementwise kernel moves {bandwidth:.2f} TB/s")
+    figures = [
+        figure
+        for dtype in options.dtypes.split(",")
+        for n, k in shapes
+        for bits in _numbers(options.bits, ",")
+        for figure in compare(
+            Problem(n, k, bits, options.group_size, DTYPES[dtype]), rows, options.sides.split(","), bandwidth
+        )
+    ]
+    if options.save:
+        record.save("gpu-linears", {"bandwidth_tb_s": bandwidth, "times": figures})
+
+
+def _numbers(text: str, separator: str) -> list[int]:
+    return [int(number) for number in text.split(separator)]
+
+
+def compare(p: Problem, rows: list[int], names: list[str], bandwidth: float) -> list[dict[str, Any]]:
+    """One table: microseconds of each side, and how many times faster than torch.mm."""
+    dtype = str(p.dtype).removeprefix("torch.")
+    title = f"{p.n} x {p.k}, {p.bits} bits, g = {p.group_size}, {dtype}"
+    times: dict[str, dict[int, float]] = {}
+    for name in names:
+        try:
+            times[name] = time_side(SIDES[name](p), p, rows)
+        except Absent as why:
+            print(f"({name} is left out of {title}: {why})")
+        except Exception as error:  # a peer that fails must not end the comparison
+            print(f"({name} failed on {title}: {type(error).__name__}: {str(error).splitlines()[0][:150]})")
+        torch.cuda.empty_cache()
+    print(f"\n{title}\n{'M':>6}{'floor':>9}" + "".join(f"{name:>20}" for name in times))
+    figures = []
+    for m in rows:
+        floor = floor_us(p, m, bandwidth)
+        base = times.get("torch.mm", {}).get(m)
+        line = f"{m:6}{floor:9.1f}"
+        for name, of_side in times.items():
+            us = of_side.get(m)
+            ratio = f" {base / us:5.2f}x" if us and base and name != "torch.mm" else " " * 7
+            line += f"{us:13.1f}{ratio}" if us else " " * 20
+            if us:
+                figures.append(
+                    {"n": p.n, "k": p.k, "bits": p.bits, "group_size": p.group_size, "dtype": dtype, "m": m}
+                    | {"side": name, "us": round(us, 3), "floor_us": round(floor, 3)}
+                    | {"x_torch": round(base / us, 3) if base else None}
+                )
+        print(line, flush=True)
+    return figures
+
+
+def time_side(side: Side, p: Problem, rows: list[int]) -> dict[int, float]:
+    """Microseconds by number of rows, of a side whose results were right."""
+    times = {}
+    for m in rows:
+        if m > side.most_rows:
+            continue
+        x = p.x(m)
+        expected = x.float() @ side.weight.t()
+        for copy in {0, side.copies - 1}:
+            error = torch.linalg.vector_norm(
+                side.call(copy, x).float() - expected
+            ) / torch.linalg.vector_norm(expected)
+            if not error.item() <= TOLERANCE[p.dtype]:
+                raise ValueError(
+                    f"M = {m}: relative error {error.item():.1e} is above {TOLERANCE[p.dtype]:.1e}"
+                )
+        times[m] = microseconds(lambda i, x=x: side.call(i, x), side.copies)
+    return times
+
+
+def floor_us(p: Problem, m: int, bandwidth: float) -> float:
+    """Microseconds that moving each byte once takes; products are not counted."""
+    return (p.bytes + 2 * m * (p.n + p.k)) / bandwidth / 1e6
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written by an elementwise kernel, in TB/s."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / microseconds(lambda _: torch.mul(source, 1.5, out=target), 1) / 1e6
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        main()
