@@ -48,7 +48,7 @@ def promised(architectures: list[str]) -> list[str]:
         number, _, kind = architecture.partition("-")
         names += [f"sm_{number}"] if kind != "virtual" else []
         names += [f"compute_{number}"] if kind != "real" else []
-    return names
+    return names + (["sm_90a"] if "sm_90" in names else [])  # Hopper's own room
 
 
 def found(cuobjdump: str, path: Path) -> dict[str, int]:

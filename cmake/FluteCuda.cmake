@@ -44,6 +44,9 @@ function(flute_describe_architectures result)
       list(APPEND names "compute_${CMAKE_MATCH_1}")
     endif()
   endforeach()
+  if("sm_90" IN_LIST names)
+    list(APPEND names sm_90a)  # the sm90 room
+  endif()
   string(JOIN " " names ${names})  # a list would not survive as a compile definition
   set(${result} "${names}" PARENT_SCOPE)
 endfunction()
@@ -62,20 +65,27 @@ function(flute_write_configs json inc)
   file(CONFIGURE OUTPUT "${inc}" CONTENT "${lines}" @ONLY)
 endfunction()
 
-function(flute_add_cuda target)
-  set(instances "")
+# One translation unit for every number of bits and type of x, into `result`.
+function(flute_instances room result)
   set(TYPE_f16 __half)
   set(TYPE_bf16 __nv_bfloat16)
+  set(files "")
   foreach(BITS 2 3 4)
     foreach(DTYPE f16 bf16)
       set(TYPE ${TYPE_${DTYPE}})
-      set(file "${CMAKE_CURRENT_BINARY_DIR}/generated/sm80_b${BITS}_${DTYPE}.cu")
-      configure_file(csrc/qgemm/sm80/instance.cu.in "${file}" @ONLY)
-      list(APPEND instances "${file}")
+      set(file "${CMAKE_CURRENT_BINARY_DIR}/generated/${room}_b${BITS}_${DTYPE}.cu")
+      configure_file(csrc/qgemm/${room}/instance.cu.in "${file}" @ONLY)
+      list(APPEND files "${file}")
     endforeach()
   endforeach()
+  set(${result} "${files}" PARENT_SCOPE)
+endfunction()
+
+function(flute_add_cuda target)
+  flute_instances(sm80 instances)
   target_sources(${target} PRIVATE
     csrc/core/gpu.cu
+    csrc/core/launch.cu
     csrc/hadamard/cuda.cu
     csrc/qgemm/common/dequantize.cu
     csrc/qgemm/common/pack.cu
@@ -83,4 +93,21 @@ function(flute_add_cuda target)
     ${instances})
   target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-O3 --threads=1>)
   target_link_libraries(${target} PUBLIC CUDA::cudart_static)
+
+  # Hopper's own instructions exist in code for 9.0a alone, which no later GPU runs: its room is compiled for
+  # that, where the build has 9.0 at all, beside what the rest is compiled for.
+  set(architectures "${CMAKE_CUDA_ARCHITECTURES}")
+  if(architectures STREQUAL "native")
+    set(architectures "${CMAKE_CUDA_ARCHITECTURES_NATIVE}")
+  endif()
+  if(architectures MATCHES "(^|;)90a?(-real)?(;|$)")
+    flute_instances(sm90 instances)
+    add_library(flute_sm90 OBJECT csrc/qgemm/sm90/room.cu ${instances})
+    set_target_properties(flute_sm90 PROPERTIES CUDA_ARCHITECTURES 90a-real)
+    target_include_directories(flute_sm90 PRIVATE csrc "${CMAKE_CURRENT_BINARY_DIR}/generated")
+    target_compile_options(flute_sm90 PRIVATE -O3)
+    target_sources(${target} INTERFACE $<TARGET_OBJECTS:flute_sm90>)
+  else()
+    target_sources(${target} PRIVATE csrc/no_cuda/no_sm90.cpp)
+  endif()
 endfunction()

@@ -47,3 +47,48 @@ def test_common_shapes_fill_the_gpu_in_one_wave() -> None:
     for n, k in ((4096, 4096), (6144, 4096), (4096, 14336), (8192, 28672), (57344, 8192)):
         p = plan(n, k, 1)
         assert 100 <= p["row_blocks"] <= 132, (n, k, p)
+
+
+# --- sm90 -------------------------------------------------------------------------------------------
+
+
+def plan90(
+    n: int, k: int, m: int, *, bits: int = 4, tables: int = 1, multiprocessors: int = 132
+) -> dict[str, int]:
+    return _C.plan_sm90(n, k, bits, min(128, k), tables, m, multiprocessors)
+
+
+@given(
+    n=st.integers(64, 60_000),
+    k=st.integers(1, 900).map(lambda i: 32 * i),
+    m=st.integers(1, 4096),
+    multiprocessors=st.integers(1, 132),
+)
+def test_hopper_every_row_and_column_has_a_block(n: int, k: int, m: int, multiprocessors: int) -> None:
+    p = plan90(n, k, m, multiprocessors=multiprocessors)
+    assert p["column_blocks"] * p["columns"] >= m
+    assert p["groups"] * p["warpgroups"] * 64 >= n
+    assert 1 <= p["blocks"] <= multiprocessors
+
+
+@given(tables=st.integers(1, 12), tiles=st.integers(1, 64))
+def test_hopper_groups_stay_within_their_table(tables: int, tiles: int) -> None:
+    p = plan90(16 * tiles * tables, 4096, 64, tables=tables)
+    if tiles < 4:
+        assert p == {}  # a warpgroup takes 64 rows: the other room serves such tables
+    else:
+        assert p["warpgroups"] * 4 <= tiles
+        assert p["groups"] % tables == 0
+
+
+def test_hopper_columns_are_the_narrowest_that_hold_x() -> None:
+    assert [plan90(4096, 4096, m)["columns"] for m in (1, 16, 17, 32, 33, 64, 65, 128, 129, 1000)] == [
+        *(16, 16, 32, 32, 64, 64, 128, 128, 128, 128)
+    ]
+
+
+def test_hopper_workspace_stays_small() -> None:
+    for n, k in ((4096, 4096), (28672, 4096), (57344, 8192), (8192, 28672)):
+        for m in (17, 64, 128):
+            p = plan90(n, k, m)
+            assert p["parts_bytes"] <= 20 << 20, (n, k, m, p)

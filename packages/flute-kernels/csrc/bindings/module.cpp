@@ -24,6 +24,8 @@
 #include "qgemm/room.h"
 #include "qgemm/sm80/config.h"
 #include "qgemm/sm80/plan.h"
+#include "qgemm/sm90/config.h"
+#include "qgemm/sm90/plan.h"
 
 namespace nb = nanobind;
 
@@ -145,9 +147,11 @@ Gpu gpu_of(int device) {
 
 void* pointer(uintptr_t value) { return reinterpret_cast<void*>(value); }
 
-// False if no fused kernel serves the problem, for which there is always dequantizing.
-bool qgemm_cuda(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int dtype, uintptr_t bias,
-                int bias_dtype, uintptr_t out, int64_t ldo, int device, uintptr_t stream) {
+// 0: done. More: bytes of workspace that the call wants, being made without; then nothing was launched.
+// -1: no fused kernel serves the problem, for which there is always dequantizing.
+int64_t qgemm_cuda(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int dtype, uintptr_t bias,
+                   int bias_dtype, uintptr_t out, int64_t ldo, uintptr_t workspace, int device,
+                   uintptr_t stream) {
   const QgemmProblem problem{weight,
                              address(x),
                              m,
@@ -158,13 +162,16 @@ bool qgemm_cuda(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int 
                              pointer(out),
                              ldo,
                              0,
-                             nullptr,
+                             pointer(workspace),
                              gpu_of(device),
                              pointer(stream)};
   const Room* room = find_room(Device::cuda, problem);
-  if (!room) return false;
+  if (!room) return -1;
+  if (!workspace) {
+    if (const int64_t bytes = room->workspace_bytes(problem)) return bytes;
+  }
   raise_if_refused(room->launch(problem));
-  return true;
+  return 0;
 }
 
 void dequantize_cuda(const QWeight& weight, uintptr_t out, int dtype, int64_t first_row, int64_t rows,
@@ -222,6 +229,23 @@ nb::dict plan_sm80(int64_t n, int64_t k, int bits, int64_t group, int64_t tables
   return out;
 }
 
+// The same of the sm90 room; empty where it does not serve the problem.
+nb::dict plan_sm90(int64_t n, int64_t k, int bits, int64_t group, int64_t tables, int64_t m,
+                   int multiprocessors) {
+  const QWeight weight = make_weight(0, 0, 1, 0, 0, tables, n, k, bits, 1, group);
+  const sm90::Plan plan = sm90::make_plan(weight, m, {0, 90, multiprocessors, 0});
+  nb::dict out;
+  if (plan.config < 0) return out;
+  out["columns"] = sm90::kConfigs[plan.config].columns;
+  out["warpgroups"] = sm90::kConfigs[plan.config].warpgroups;
+  out["groups"] = plan.groups;
+  out["column_blocks"] = plan.column_blocks;
+  out["blocks"] = plan.blocks;
+  out["image_bytes"] = plan.image_bytes;
+  out["parts_bytes"] = plan.parts_bytes;
+  return out;
+}
+
 // Asks for huge pages; a system that has none to give serves small ones, which is no error.
 void advise_huge_pages(uintptr_t begin, size_t bytes) {
 #if defined(__linux__)
@@ -253,6 +277,7 @@ NB_MODULE(_C, m) {
   m.def("unpack_cuda", &unpack_cuda);
   m.def("refusal_of_gpu", &refusal_of_gpu);
   m.def("plan_sm80", &plan_sm80);
+  m.def("plan_sm90", &plan_sm90);
   m.def("launch_early", [](bool early) { launch_early() = early; });
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("available_isas", &cpu::available_isas);

@@ -3,12 +3,14 @@
 #include "qgemm/cpu/room.h"
 #include "qgemm/room.h"
 #include "qgemm/sm80/room.h"
+#include "qgemm/sm90/room.h"
 
 namespace flute {
 namespace {
 
 const Room kRooms[] = {
     {"cpu", Device::cpu, cpu::supports, cpu::workspace_bytes, cpu::launch, cpu::dequantize},
+    {"sm90", Device::cuda, sm90::supports, sm90::workspace_bytes, sm90::launch, layout::dequantize},
     {"sm80", Device::cuda, sm80::supports, sm80::workspace_bytes, sm80::launch, layout::dequantize},
 };
 

@@ -28,13 +28,8 @@
 
 #include <cstdint>
 
+#include "core/both.h"
 #include "qgemm/problem.h"
-
-#if defined(__CUDACC__)
-#define FLUTE_BOTH __host__ __device__ __forceinline__
-#else
-#define FLUTE_BOTH inline
-#endif
 
 namespace flute::layout {
 
@@ -56,7 +51,7 @@ inline int group_shift(const QWeight& w) {
 inline int64_t tiles_per_table(const QWeight& w) { return tiles((w.n + w.table_count - 1) / w.table_count); }
 
 // The number of pair i of row half r and K half h, from the words that a lane holds of a unit.
-FLUTE_BOTH uint32_t pair_number(int bits, const uint32_t* words, int h, int r, int i) {
+FLUTE_BOTH inline uint32_t pair_number(int bits, const uint32_t* words, int h, int r, int i) {
   if (bits == 4) return words[2 * h + r] >> (8 * i) & 0xff;
   if (bits == 2) return words[h] >> (16 * r + 4 * i) & 0xf;
   const int q = 2 * h + r;
@@ -67,7 +62,7 @@ FLUTE_BOTH uint32_t pair_number(int bits, const uint32_t* words, int h, int r, i
 }
 
 // Adds pair i of (h, r) to words that were zero.
-FLUTE_BOTH void set_pair_number(int bits, uint32_t* words, int h, int r, int i, uint32_t number) {
+FLUTE_BOTH inline void set_pair_number(int bits, uint32_t* words, int h, int r, int i, uint32_t number) {
   if (bits == 4) {
     words[2 * h + r] |= number << (8 * i);
   } else if (bits == 2) {
@@ -80,7 +75,7 @@ FLUTE_BOTH void set_pair_number(int bits, uint32_t* words, int h, int r, int i, 
 }
 
 // Where word w of a lane lies in its unit.
-FLUTE_BOTH int word_offset(int bits, int lane, int w) {
+FLUTE_BOTH inline int word_offset(int bits, int lane, int w) {
   return bits == 3 ? (w < 2 ? 2 * lane + w : 64 + lane) : bits * lane + w;
 }
 

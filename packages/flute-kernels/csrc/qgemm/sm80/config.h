@@ -23,8 +23,7 @@ constexpr Config kConfigs[] = {
 };
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
-// The table takes a line of 256 bytes an entry, of which the first half is used: see kernel.cuh.
-constexpr int kTableBytes = 256 * 256;
+constexpr int kTableBytes = 256 * 256;  // common/lookup.cuh
 
 constexpr int shared_bytes(const Config& c) {
   const int partial = c.warps_k * c.warps_n * c.tiles * (c.columns / 8) * 32 * 16;

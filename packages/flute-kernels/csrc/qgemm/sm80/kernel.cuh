@@ -10,15 +10,9 @@
 // Who does what. A warp owns `tiles` neighbouring tiles of 16 rows and every warps_k-th unit of 64
 // along K; the fragments of x that it loads serve all its tiles. The lanes' codes lie in memory in the
 // order in which the lanes need them (common/layout.h), so a unit is one load a lane, always under way
-// `depth` units ahead. A byte of codes is an index into the pair table. Each of the table's 256 entries
-// is copied into all 32 banks, so that no two lanes ever want different lines of the same bank:
-//
-//   entry i, copy c at 256 * i + 4 * c      2 bits: four weights, sixteen copies, at 256 * i + 8 * c
-//
-// With 256 bytes from one entry to the next, the address is a byte of codes above a constant byte, which
-// one PRMT puts together (128 would do, but takes two instructions, and shared memory is not scarce). Two
-// lookups a row half make the A fragments of two products. Scales are applied to the sums, in float, once
-// every 64 or 32 weights: 4 FMAs an accumulator tile, where scaling the weights would take 16 and round.
+// `depth` units ahead. common/lookup.cuh says how a byte of codes becomes two or four weights, in the
+// registers of the A fragments of two products. Scales are applied to the sums, in float, once every 64 or
+// 32 weights: 4 FMAs an accumulator tile, where scaling the weights would take 16 and round.
 //
 // What is rounded: table entries to the type of x (exact where they fit it, as fp16 tables do for fp16),
 // the result once. Sums run in float in a fixed order: each warp over its chunks, then the block over its
@@ -29,92 +23,13 @@
 #pragma once
 
 #include "core/convert.cuh"
+#include "core/early.cuh"
 #include "qgemm/common/layout.h"
+#include "qgemm/common/lookup.cuh"
 #include "qgemm/sm80/config.h"
 #include "qgemm/sm80/ptx.cuh"
 
 namespace flute::sm80 {
-
-extern __shared__ __align__(1024) unsigned char shared[];
-
-// A table on its way into every bank. Eight threads make the 128 bytes of an entry, each 16 of them.
-template <int kBits, class T, int kThreads>
-struct Table {
-  static constexpr int kLines = (256 * 8 + kThreads - 1) / kThreads;  // that a thread makes
-  float2 low[kLines], high[kBits == 2 ? kLines : 1];
-
-  __device__ __forceinline__ void load(const float2* table) {
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      const int entry = (i * kThreads + threadIdx.x) / 8 & 255;
-      // 3 bits: 64 entries four times over, so that the two top bits of an index do not matter.
-      low[i] = table[kBits == 2 ? entry & 15 : kBits == 3 ? entry & 63 : entry];
-      if (kBits == 2) high[i] = table[entry >> 4];
-    }
-  }
-  __device__ __forceinline__ void store() const {
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) {
-      const int id = i * kThreads + threadIdx.x;
-      if (256 * 8 % kThreads && id >= 256 * 8) break;
-      const uint32_t first = pack_two<T>(low[i].x, low[i].y);
-      const uint32_t second = kBits == 2 ? pack_two<T>(high[i].x, high[i].y) : first;
-      *reinterpret_cast<uint4*>(shared + id / 8 * 256 + id % 8 * 16) =
-          make_uint4(first, second, first, second);
-    }
-  }
-};
-
-// Table entries by their offset in the table. The table's address should be the constant of the load
-// instruction: else the compiler adds it to every offset, one more instruction a lookup. Machine code for
-// 8.x does that by itself. From 9.0 on, an address in shared memory also names the block of a cluster, so
-// there the constant is written: dynamic shared memory begins behind 1 KB that the system keeps. The kernel
-// checks it.
-#if __CUDA_ARCH__ >= 900
-constexpr int kTableAddress = 1024;
-__device__ __forceinline__ bool table_is_elsewhere() {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared)) != kTableAddress;
-}
-__device__ __forceinline__ uint32_t table_base() { return 0; }
-#else
-constexpr int kTableAddress = 0;
-__device__ __forceinline__ bool table_is_elsewhere() { return false; }
-__device__ __forceinline__ uint32_t table_base() {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-#endif
-__device__ __forceinline__ void load_entry(uint32_t& pair, uint32_t offset) {
-  asm volatile("ld.shared.b32 %0, [%1+%2];" : "=r"(pair) : "r"(offset + table_base()), "n"(kTableAddress));
-}
-__device__ __forceinline__ void load_entry(uint32_t& low, uint32_t& high, uint32_t offset) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2+%3];"
-               : "=r"(low), "=r"(high)
-               : "r"(offset + table_base()), "n"(kTableAddress));
-}
-
-// The A fragments of the two products of K half h, from a lane's words of a unit.
-template <int kBits>
-__device__ __forceinline__ void look_up(uint32_t (&a)[2][4], const uint32_t (&words)[4], int h,
-                                        uint32_t offset) {
-  if constexpr (kBits == 2) {
-    load_entry(a[0][0], a[0][2], table_address<0>(words[h], offset));
-    load_entry(a[1][0], a[1][2], table_address<1>(words[h], offset));
-    load_entry(a[0][1], a[0][3], table_address<2>(words[h], offset));
-    load_entry(a[1][1], a[1][3], table_address<3>(words[h], offset));
-  } else {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint32_t word = words[2 * h + r];
-      const auto pair = [&](uint32_t address) {
-        return *reinterpret_cast<const uint32_t*>(shared + address);
-      };
-      a[0][r] = pair(table_address<0>(word, offset));
-      a[0][2 + r] = pair(table_address<1>(word, offset));
-      a[1][r] = pair(table_address<2>(word, offset));
-      a[1][2 + r] = pair(table_address<3>(word, offset));
-    }
-  }
-}
 
 // kScales: scales of a unit, 1 or (groups of 32) 2. S: their type.
 template <int kBits, class T, class S, int kScales, int kColumns, int kTiles, int kWarpsK, int kWarpsN,
@@ -214,9 +129,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
         uint32_t words[4];
 #pragma unroll
         for (int w = 0; w < kBits; ++w) words[w] = ahead[d][r][w];
-        if constexpr (kBits == 3)
-          words[3] =
-              (words[0] >> 6 & 0x03030303u) | (words[1] >> 4 & 0x0c0c0c0cu) | (words[2] >> 2 & 0x30303030u);
+        if constexpr (kBits == 3) words[3] = fourth_word(words);
         // All lookups of the tile first: its registers are then free for the next unit's codes.
         uint32_t a[2][2][4];
         look_up<kBits>(a[0], words, 0, copy);

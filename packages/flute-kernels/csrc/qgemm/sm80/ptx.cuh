@@ -56,15 +56,6 @@ __device__ __forceinline__ void load_x(uint4& v, const uint16_t* p, bool on) {
                : "l"(p), "r"(int{on}));
 }
 
-// Bytes 0, i, 2, 3 of {offset, word i, offset, offset}: i * 256 + offset for a byte i of a word and an
-// offset below 256. 9.7.8.7, prmt.
-template <int kByte>
-__device__ __forceinline__ uint32_t table_address(uint32_t word, uint32_t offset) {
-  uint32_t address;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(offset), "n"(0x5504 | kByte << 4));
-  return address;
-}
-
 // c += a * b, m16n8k16, accumulated in float. 9.7.14.5.8.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
@@ -84,19 +75,6 @@ __device__ __forceinline__ void mma<__nv_bfloat16>(float (&c)[4], const uint32_t
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Programmatic dependent launch (9.7.13.13, griddepcontrol): lets the next kernel of the stream start
-// before this one has ended, and waits until the one before has ended and its writes can be seen.
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 }  // namespace flute::sm80

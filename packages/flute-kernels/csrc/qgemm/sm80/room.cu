@@ -1,7 +1,5 @@
 #include "qgemm/sm80/room.h"
 
-#include <atomic>
-
 #include "core/cuda.h"
 #include "core/launch.h"
 #include "qgemm/common/layout.h"
@@ -20,29 +18,6 @@ const KernelRow* kernels(int bits, DType dtype) {
   }
 }
 
-// What is asked once of each kernel on each GPU: that it may use its shared memory, and whether its code
-// waits for its predecessor. Code made from PTX for an older architecture does not, and must not start
-// early.
-struct Prepared {
-  std::atomic<int> state{0};  // 0 unknown, 1 plain, 2 with programmatic dependent launch
-};
-constexpr int kDevices = 16;
-Prepared prepared[kDevices][3][2][kConfigCount][2][2];  // device, bits, type of x, and as in KernelRow
-
-Status prepare(Prepared* slot, const void* kernel, int shared, int* state) {
-  *state = slot ? slot->state.load(std::memory_order_acquire) : 0;
-  if (*state) return {};
-  cudaFuncAttributes attributes;
-  Status status = cuda_status(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  if (!status.ok()) return status;
-  status = cuda_status(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-                       "cudaFuncSetAttribute");
-  if (!status.ok()) return status;
-  *state = attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90 ? 2 : 1;
-  if (slot) slot->state.store(*state, std::memory_order_release);
-  return {};
-}
-
 }  // namespace
 
 bool supports(const QgemmProblem& p) { return p.gpu.capability >= 80 && p.dtype != DType::f32; }
@@ -57,13 +32,6 @@ Status launch(const QgemmProblem& p) {
   const int wide = w.scale_dtype == DType::bf16, fine = layout::scales_per_unit(w) - 1;
   const int half = p.dtype == DType::f16;
   const void* kernel = kernels(w.bits, p.dtype)[plan.config].of[wide][fine];
-
-  const DeviceGuard guard(p.gpu.device);
-  const int shared = shared_bytes(config);
-  Prepared* slot =
-      p.gpu.device < kDevices ? &prepared[p.gpu.device][w.bits - 2][half][plan.config][wide][fine] : nullptr;
-  int state = 0;
-  if (Status status = prepare(slot, kernel, shared, &state); !status.ok()) return status;
 
   Params params{static_cast<const uint32_t*>(w.codes),
                 static_cast<const uint32_t*>(w.scales),
@@ -80,19 +48,13 @@ Status launch(const QgemmProblem& p) {
                 static_cast<int>(layout::tiles_per_table(w)),
                 layout::group_shift(w),
                 static_cast<int>(p.bias_dtype)};
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t launch{};
-  // Blocks that differ in x alone are neighbours: they share codes in the L2 cache. No index needs a division.
-  launch.gridDim = dim3(plan.column_blocks, plan.blocks_per_table, static_cast<unsigned>(w.table_count));
-  launch.blockDim = dim3(config.warps_k * config.warps_n * 32);
-  launch.dynamicSmemBytes = shared;
-  launch.stream = static_cast<cudaStream_t>(p.stream);
-  launch.attrs = &early;
-  launch.numAttrs = state == 2 && launch_early() ? 1 : 0;
   void* arguments[] = {&params};
-  return cuda_status(cudaLaunchKernelExC(&launch, kernel, arguments), "launching qgemm");
+  const DeviceGuard guard(p.gpu.device);
+  // Blocks that differ in x alone are neighbours: they share codes in the L2 cache. No index needs a division.
+  return flute::launch(
+      {kernel, static_cast<unsigned>(plan.column_blocks), static_cast<unsigned>(plan.blocks_per_table),
+       static_cast<unsigned>(w.table_count), config.warps_k * config.warps_n * 32, shared_bytes(config)},
+      arguments, p.gpu.device, p.stream);
 }
 
 }  // namespace flute::sm80

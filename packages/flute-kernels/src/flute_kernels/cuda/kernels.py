@@ -60,25 +60,30 @@ def _multiply(handle: _C.QWeight, x: Tensor, weight: PackedWeight, bias: Tensor 
     rows = _as_rows(x)
     m, n = rows.shape[0], weight.out_features
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    fused = False
-    if m <= _FUSED_ROWS and x.dtype != torch.float32:
-        padded = pad_rows(rows)
-        fused = _C.qgemm_cuda(
-            handle,
-            padded.data_ptr(),
-            m,
-            padded.stride(0),
-            DTYPES[x.dtype],
-            0 if bias is None else bias.data_ptr(),
-            0 if bias is None else DTYPES[bias.dtype],
-            out.data_ptr(),
-            n,
-            x.device.index,
-            current_stream(x.device),
-        )
-    if not fused:
+    if m > _FUSED_ROWS or x.dtype == torch.float32 or not _multiply_fused(handle, pad_rows(rows), bias, out):
         _multiply_dequantized(handle, rows, weight, bias, out)
     return out.view(*x.shape[:-1], n)
+
+
+def _multiply_fused(handle: _C.QWeight, rows: Tensor, bias: Tensor | None, out: Tensor) -> bool:
+    """``out = rows @ W_hat.T + bias`` in one kernel family; False where none serves the problem."""
+    operands = (
+        handle,
+        rows.data_ptr(),
+        rows.shape[0],
+        rows.stride(0),
+        DTYPES[rows.dtype],
+        0 if bias is None else bias.data_ptr(),
+        0 if bias is None else DTYPES[bias.dtype],
+        out.data_ptr(),
+        out.shape[1],
+    )
+    device, stream = rows.device.index, current_stream(rows.device)
+    wanted = _C.qgemm_cuda(*operands, 0, device, stream)
+    if wanted > 0:
+        workspace = torch.empty(wanted, dtype=torch.uint8, device=rows.device)
+        wanted = _C.qgemm_cuda(*operands, workspace.data_ptr(), device, stream)
+    return wanted == 0
 
 
 def _multiply_dequantized(

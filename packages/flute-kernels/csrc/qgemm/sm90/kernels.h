@@ -1,0 +1,17 @@
+// The compiled kernels, by bits, type of x, configuration, type of the scales, and scales of a unit.
+#pragma once
+
+#include "qgemm/sm90/config.h"
+
+namespace flute::sm90 {
+
+struct KernelRow {
+  const void* of[2][2];  // scales fp16, bf16; groups of 64 and more, of 32
+  const void* join;
+};
+
+extern const KernelRow kKernels_b2_f16[kConfigCount], kKernels_b2_bf16[kConfigCount];
+extern const KernelRow kKernels_b3_f16[kConfigCount], kKernels_b3_bf16[kConfigCount];
+extern const KernelRow kKernels_b4_f16[kConfigCount], kKernels_b4_bf16[kConfigCount];
+
+}  // namespace flute::sm90

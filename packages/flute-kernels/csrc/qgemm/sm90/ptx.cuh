@@ -1,0 +1,118 @@
+// Hopper's instructions that C++ has no words for. Sections are of the PTX ISA manual, version 9.0.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace flute::sm90 {
+
+// Barriers in shared memory that count arrivals and bytes (9.7.13.15, mbarrier).
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+__device__ __forceinline__ void barriers_are_initialized() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// A copy of whole 16-byte pieces from global to shared memory, made by the copy engine; the barrier learns of
+// its bytes (9.7.9.25.4.1, cp.async.bulk).
+__device__ __forceinline__ void copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Warpgroup products (9.7.15): registers that take part may not be touched between fence and wait.
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_end() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// Registers move between warpgroups (9.7.17.1.5, setmaxnreg): the loading warps leave theirs.
+template <int kCount>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+__device__ __forceinline__ void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+// Operand B in shared memory: rows of 128 bytes along K, swizzled by 128 bytes, eight rows every 1024 bytes
+// (9.7.15.5.1, matrix descriptor). 32 bytes further lies the next 16 of K: add 2.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// d = a * b, or d += a * b: m64 n(kColumns) k16, a from registers, b from shared memory, d in float. Thread
+// 32w + 4g + t of the warpgroup has rows 16w + g and 16w + g + 8 of columns 8j + 2t and 8j + 2t + 1 in d[j].
+template <class T, int kColumns>
+struct Product;
+
+#define FLUTE_D(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+#define FLUTE_D2(i) FLUTE_D(i), FLUTE_D(i + 1)
+#define FLUTE_D4(i) FLUTE_D2(i), FLUTE_D2(i + 2)
+#define FLUTE_D8(i) FLUTE_D4(i), FLUTE_D4(i + 4)
+#define FLUTE_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FLUTE_R16 FLUTE_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FLUTE_R32 \
+  FLUTE_R16       \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FLUTE_R64                                                                                     \
+  FLUTE_R32                                                                                           \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
+  "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+// Operands behind the accumulators: four of a, the descriptor, whether to add.
+#define FLUTE_PRODUCT(TYPE, NAME, COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, ...)                          \
+  template <>                                                                                           \
+  struct Product<TYPE, COLUMNS> {                                                                       \
+    static __device__ __forceinline__ void run(float (&d)[COLUMNS / 8][4], const uint32_t (&a)[4],      \
+                                               uint64_t b, bool add) {                                  \
+      asm volatile("{.reg .pred add; setp.ne.b32 add, " ADD                                             \
+                   ", 0;\n"                                                                             \
+                   "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." NAME "." NAME " {" REGISTERS \
+                   "}, {" A "}, " DESCRIPTOR ", add, 1, 1, 0;}"                                         \
+                   : __VA_ARGS__                                                                        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add}));                \
+    }                                                                                                   \
+  };
+#define FLUTE_PRODUCTS(COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, ...)                 \
+  FLUTE_PRODUCT(__half, "f16", COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, __VA_ARGS__) \
+  FLUTE_PRODUCT(__nv_bfloat16, "bf16", COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, __VA_ARGS__)
+FLUTE_PRODUCTS(16, FLUTE_R8, "%8, %9, %10, %11", "%12", "%13", FLUTE_D2(0))
+FLUTE_PRODUCTS(32, FLUTE_R16, "%16, %17, %18, %19", "%20", "%21", FLUTE_D4(0))
+FLUTE_PRODUCTS(64, FLUTE_R32, "%32, %33, %34, %35", "%36", "%37", FLUTE_D8(0))
+FLUTE_PRODUCTS(128, FLUTE_R64, "%64, %65, %66, %67", "%68", "%69", FLUTE_D8(0), FLUTE_D8(8))
+#undef FLUTE_D
+#undef FLUTE_D2
+#undef FLUTE_D4
+#undef FLUTE_D8
+#undef FLUTE_R8
+#undef FLUTE_R16
+#undef FLUTE_R32
+#undef FLUTE_R64
+#undef FLUTE_PRODUCT
+#undef FLUTE_PRODUCTS
+
+}  // namespace flute::sm90
