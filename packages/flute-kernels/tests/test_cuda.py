@@ -148,11 +148,12 @@ def test_many_streams_at_once() -> None:
     )
 
 
-def test_chained_products_see_each_others_results() -> None:
+@pytest.mark.parametrize("m", [4, 16, 64])
+def test_chained_products_see_each_others_results(m: int) -> None:
     """Each kernel may start before the one before has ended, but must not read its result too early."""
     spec = QuantSpec(bits=4, group_size=64)
     weights = [LutWeight.from_linear(linear_on_gpu(spec, 2048, 2048)) for _ in range(4)]
-    x = torch.randn(4, 2048, device="cuda", dtype=torch.float16)
+    x = torch.randn(m, 2048, device="cuda", dtype=torch.float16)
     stepwise = x
     for weight in weights * 5:
         torch.cuda.synchronize()
