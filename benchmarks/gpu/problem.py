@@ -66,13 +66,14 @@ class Problem:
 
     def uniform(self) -> Tensor:
         """What uniform integers of the same codes stand for: float32 ``(code - 2**(bits-1)) * scale``."""
-        return self._scaled(self.codes.float() - (1 << (self.bits - 1)))
+        return self.scaled(self.codes.float() - (1 << (self.bits - 1)))
 
     def looked_up(self) -> Tensor:
         """What :meth:`table` stands for: float32 ``table[code] * scale``."""
-        return self._scaled(self.table()[self.codes.int()])
+        return self.scaled(self.table()[self.codes.int()])
 
-    def _scaled(self, values: Tensor) -> Tensor:
+    def scaled(self, values: Tensor) -> Tensor:
+        """``values`` of every weight times its scale."""
         groups = values.view(self.n, -1, self.group_size)
         return (groups * self.scales.float()[..., None]).view(self.n, self.k)
 

@@ -144,7 +144,7 @@ def bitsandbytes(p: Problem) -> Side:
     absmax = p.scales.float().contiguous().view(-1)
     weights = list(zip(_clones(packed, p.copies()), _clones(absmax, p.copies()), strict=True))
     op = torch.ops.bitsandbytes.gemm_4bit.default
-    dense = p._scaled(torch.tensor(NF4, device="cuda")[p.codes.int()])
+    dense = p.scaled(torch.tensor(NF4, device="cuda")[p.codes.int()])
     return Side(
         lambda i, x: op(x, weights[i][0], [p.n, p.k], weights[i][1], p.group_size, "nf4"), len(weights), dense
     )

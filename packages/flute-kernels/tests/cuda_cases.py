@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flute_kernels import LutWeight, QuantizedLinear, QuantSpec
 
-GROUPS = (32, 64, 128, 256, -1)
+from .helpers import GROUP_SIZES, dense_weight
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Case:
 
     def __post_init__(self) -> None:
         draw = random.Random(self.seed)
-        bits, p, group = draw.choice((2, 3, 4)), draw.choice((1, 2)), draw.choice(GROUPS)
+        bits, p, group = draw.choice((2, 3, 4)), draw.choice((1, 2)), draw.choice(GROUP_SIZES)
         self.spec = QuantSpec(bits=bits, vector_size=p, group_size=group)
         self.dtype = draw.choice((torch.float16, torch.bfloat16))
         self.m = draw.choice((1, 1, 2, 3, 5, 8, 9, 16, 17, 31, 64, 128, 129, draw.randint(1, 300)))
@@ -53,17 +53,9 @@ class Case:
         scales = (normal(n, k // spec.group_size_for(k)) * 0.1).to(self.scale_dtype)
         codebook = normal(self.tables, spec.table_entries, spec.vector_size).half()
         stored = QuantizedLinear.from_codes(codes, scales, codebook, spec)
-        dense = dense_weight(codes, scales, codebook)
+        dense = dense_weight(codes, scales, codebook).double()
         x = normal(self.m, k * (1 + self.strided)).to(self.dtype)
         x = x[:, self.strided : self.strided + k] if self.strided else x  # 2 or 4 bytes off, wider rows
         bias = None if self.bias_dtype is None else normal(n).to(self.bias_dtype)
         ref = torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double())
         return LutWeight.from_linear(stored), x, bias, ref
-
-
-def dense_weight(codes: Tensor, scales: Tensor, codebook: Tensor) -> Tensor:
-    """``W_hat`` in float64: the formula of the format."""
-    n = len(codes)
-    table = torch.arange(n, device=codes.device) * len(codebook) // n
-    values = codebook.double()[table[:, None], codes.long()].flatten(1)
-    return values * scales.double().repeat_interleave(values.shape[1] // scales.shape[1], 1)

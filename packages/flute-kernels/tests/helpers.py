@@ -65,12 +65,10 @@ def operands(weight: LutWeight) -> tuple[Any, ...]:
 
 
 def dense_weight(codes: Tensor, scales: Tensor, codebook: Tensor) -> Tensor:
-    """The format's formula, row by row: ``scales[n, k // g] * codebook[n * T // N, code]``, float32."""
-    rows = []
-    for n, row in enumerate(codes.long()):
-        values = codebook[n * len(codebook) // len(codes)].float()[row].flatten()
-        rows.append(values * scales[n].float().repeat_interleave(len(values) // scales.shape[1]))
-    return torch.stack(rows)
+    """The format's formula: ``scales[n, k // g] * codebook[n * T // N, code]``, float32."""
+    table = torch.arange(len(codes), device=codes.device) * len(codebook) // len(codes)
+    values = codebook.float()[table[:, None], codes.long()].flatten(1)
+    return values * scales.float().repeat_interleave(values.shape[1] // scales.shape[1], 1)
 
 
 def reference(x: Tensor, dense: Tensor, bias: Tensor | None = None) -> Tensor:

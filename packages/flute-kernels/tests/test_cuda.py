@@ -10,8 +10,8 @@ import torch
 
 from flute_kernels import FormatError, LutWeight, QuantizedLinear, QuantSpec, UnsupportedError, ops
 
-from .cuda_cases import Case, dense_weight
-from .helpers import ALL_SPECS, TOLERANCE, assert_near, operands, refusal, same_bits, spec_id
+from .cuda_cases import Case
+from .helpers import ALL_SPECS, TOLERANCE, assert_near, dense_weight, operands, refusal, same_bits, spec_id
 
 pytestmark = pytest.mark.gpu
 

@@ -33,6 +33,7 @@ namespace flute {
 namespace {
 
 const void* address(uintptr_t value) { return reinterpret_cast<const void*>(value); }
+void* pointer(uintptr_t value) { return reinterpret_cast<void*>(value); }
 
 void raise_if_refused(const Status& status) {
   if (!status.ok()) throw std::invalid_argument(status.refusal);
@@ -95,7 +96,7 @@ void qgemm_cpu(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int d
                        static_cast<DType>(dtype),
                        address(bias),
                        static_cast<DType>(bias_dtype),
-                       const_cast<void*>(address(out)),
+                       pointer(out),
                        ldo,
                        threads,
                        nullptr,
@@ -111,30 +112,28 @@ void qgemm_cpu(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int d
 
 void dequantize_cpu(const QWeight& weight, uintptr_t out, int dtype, int threads) {
   nb::gil_scoped_release release;
-  raise_if_refused(first_room(Device::cpu)
-                       ->dequantize({weight,
-                                     const_cast<void*>(address(out)),
-                                     static_cast<DType>(dtype),
-                                     threads,
-                                     0,
-                                     weight.n,
-                                     {},
-                                     nullptr}));
+  raise_if_refused(
+      first_room(Device::cpu)
+          ->dequantize({weight, pointer(out), static_cast<DType>(dtype), threads, 0, weight.n, {}, nullptr}));
+}
+
+HadamardArgs hadamard_args(uintptr_t x, int64_t columns, int64_t ldx, int dtype, uintptr_t signs,
+                           int64_t block, bool transpose, uintptr_t out, int64_t ldo) {
+  return {address(x),
+          ldx,
+          pointer(out),
+          ldo,
+          static_cast<DType>(dtype),
+          static_cast<const float*>(address(signs)),
+          columns,
+          block,
+          transpose};
 }
 
 void hadamard_cpu(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int dtype, uintptr_t signs,
                   int64_t block, bool transpose, uintptr_t out, int64_t ldo, int threads) {
   nb::gil_scoped_release release;
-  const cpu::HadamardArgs args{address(x),
-                               ldx,
-                               const_cast<void*>(address(out)),
-                               ldo,
-                               static_cast<DType>(dtype),
-                               static_cast<const float*>(address(signs)),
-                               columns,
-                               block,
-                               transpose};
-  cpu::rotate(args, rows, threads);
+  cpu::rotate(hadamard_args(x, columns, ldx, dtype, signs, block, transpose, out, ldo), rows, threads);
 }
 
 // --- CUDA: every call names its device and its stream ---
@@ -144,8 +143,6 @@ Gpu gpu_of(int device) {
   raise_if_refused(find_gpu(device, &gpu));
   return gpu;
 }
-
-void* pointer(uintptr_t value) { return reinterpret_cast<void*>(value); }
 
 // 0: done. More: bytes of workspace that the call wants, being made without; then nothing was launched.
 // -1: no fused kernel serves the problem, for which there is always dequantizing.
@@ -183,16 +180,8 @@ void dequantize_cuda(const QWeight& weight, uintptr_t out, int dtype, int64_t fi
 
 void hadamard_cuda(uintptr_t x, int64_t rows, int64_t columns, int64_t ldx, int dtype, uintptr_t signs,
                    int64_t block, bool transpose, uintptr_t out, int64_t ldo, int device, uintptr_t stream) {
-  const cpu::HadamardArgs args{address(x),
-                               ldx,
-                               pointer(out),
-                               ldo,
-                               static_cast<DType>(dtype),
-                               static_cast<const float*>(address(signs)),
-                               columns,
-                               block,
-                               transpose};
-  raise_if_refused(cuda::rotate(args, rows, gpu_of(device), pointer(stream)));
+  raise_if_refused(cuda::rotate(hadamard_args(x, columns, ldx, dtype, signs, block, transpose, out, ldo),
+                                rows, gpu_of(device), pointer(stream)));
 }
 
 void pack_cuda(uintptr_t qweight, uintptr_t codes, int64_t n, int64_t k, int bits, int device,

@@ -241,7 +241,7 @@ bool aligned(const void* data, int64_t stride, DType dtype) {
 
 }  // namespace
 
-Status rotate(const cpu::HadamardArgs& h, int64_t rows, const Gpu& gpu, void* stream) {
+Status rotate(const HadamardArgs& h, int64_t rows, const Gpu& gpu, void* stream) {
   const int64_t total = rows * h.columns;
   if (total == 0) return {};
   const int team = static_cast<int>(std::max<int64_t>(1, h.block / (kSpan * kSpans)));

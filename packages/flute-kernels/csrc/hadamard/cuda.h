@@ -2,10 +2,10 @@
 #pragma once
 
 #include "core/gpu.h"
-#include "hadamard/kernels.h"
+#include "hadamard/args.h"
 
 namespace flute::cuda {
 
-Status rotate(const cpu::HadamardArgs& args, int64_t rows, const Gpu& gpu, void* stream);
+Status rotate(const HadamardArgs& args, int64_t rows, const Gpu& gpu, void* stream);
 
 }  // namespace flute::cuda

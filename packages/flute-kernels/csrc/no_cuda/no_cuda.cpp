@@ -1,6 +1,5 @@
 // What a build without CUDA links in place of the GPU's half: rooms that support nothing, calls that refuse.
 #include "core/gpu.h"
-#include "core/launch.h"
 #include "hadamard/cuda.h"
 #include "qgemm/common/cuda_weight.h"
 #include "qgemm/sm80/room.h"
@@ -16,7 +15,7 @@ Status find_gpu(int, Gpu*) { return refuse(); }
 Status check_gpu(int) { return refuse(); }
 
 namespace cuda {
-Status rotate(const cpu::HadamardArgs&, int64_t, const Gpu&, void*) { return refuse(); }
+Status rotate(const HadamardArgs&, int64_t, const Gpu&, void*) { return refuse(); }
 }  // namespace cuda
 
 namespace layout {

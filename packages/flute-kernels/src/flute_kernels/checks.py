@@ -9,7 +9,7 @@ from flute_kernels.errors import FormatError, UnsupportedError
 from flute_kernels.format.spec import MAX_HADAMARD
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["ACTIVATION_DTYPES", "DTYPES", "check_dtype", "check_hadamard", "check_qgemm"]
+__all__ = ["ACTIVATION_DTYPES", "DTYPES", "check_dtype", "check_hadamard", "check_qgemm", "check_tensors"]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Activation dtypes, with the kernels' number of each."""
@@ -39,6 +39,21 @@ def check_qgemm(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
         raise FormatError(
             f"bias is {bias.dtype} {list(bias.shape)}; expected float32, float16 or bfloat16 [{n}]."
         )
+
+
+def check_tensors(
+    expected: dict[str, tuple[Tensor, tuple[torch.dtype, ...], list[int]]], device: torch.device
+) -> None:
+    """Each tensor has one of its dtypes and its shape, is contiguous, and is where the codes are."""
+    for name, (tensor, dtypes, shape) in expected.items():
+        if tensor.dtype not in dtypes or list(tensor.shape) != shape or not tensor.is_contiguous():
+            raise FormatError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)}"
+                f"{'' if tensor.is_contiguous() else ', not contiguous'}; "
+                f"expected contiguous {' or '.join(map(str, dtypes))} {shape}."
+            )
+        if tensor.device != device:
+            raise FormatError(f"{name} is on {tensor.device}, codes on {device}; expected the same.")
 
 
 def check_hadamard(x: Tensor, signs: Tensor | None, block_size: int) -> None:

@@ -20,7 +20,7 @@ namespace flute {
 extern __shared__ __align__(1024) unsigned char shared[];
 
 // Bytes 0, i, 2, 3 of {offset, word i, offset, offset}: i * 256 + offset for a byte i of a word and an
-// offset below 256. 9.7.8.7, prmt.
+// offset below 256. PTX ISA 9.0, 9.7.8.7, prmt.
 template <int kByte>
 __device__ __forceinline__ uint32_t table_address(uint32_t word, uint32_t offset) {
   uint32_t address;

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 
+#include "qgemm/common/layout.h"
+
 namespace flute::sm80 {
 
 // One compiled shape. A block has warps_k * warps_n warps: warps_n groups of `tiles` neighbouring tiles
-// of 16 rows, each group's K divided among warps_k warps, unit by unit in turn. warps_k is a multiple of 4, so that
-// warps_k units are whole groups of up to 256.
+// of 16 rows, each group's K divided among warps_k warps, unit by unit in turn. warps_k is a multiple of 4,
+// so that warps_k units are whole groups of up to 256.
 struct Config {
   int columns;  // rows of x that a block multiplies: 8 or 16
   int tiles;    // row tiles of a warp
@@ -23,11 +25,9 @@ constexpr Config kConfigs[] = {
 };
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
-constexpr int kTableBytes = 256 * 256;  // common/lookup.cuh
-
 constexpr int shared_bytes(const Config& c) {
   const int partial = c.warps_k * c.warps_n * c.tiles * (c.columns / 8) * 32 * 16;
-  return partial > kTableBytes ? partial : kTableBytes;
+  return partial > layout::kTableBytes ? partial : layout::kTableBytes;
 }
 
 struct Params {

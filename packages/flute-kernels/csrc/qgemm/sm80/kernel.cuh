@@ -15,7 +15,7 @@
 // 32 weights: 4 FMAs an accumulator tile, where scaling the weights would take 16 and round.
 //
 // What is rounded: table entries to the type of x (exact where they fit it, as fp16 tables do for fp16),
-// the result once. Sums run in float in a fixed order: each warp over its chunks, then the block over its
+// the result once. Sums run in float in a fixed order: each warp over its units, then the block over its
 // warps; blocks share no sums.
 //
 // When. Codes, scales and the table do not depend on the kernel before, so they are loaded before
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   load_unit_of_x(b[0], warp_k);
   __syncthreads();  // the table is whole
 
-  const uint32_t copy = kBits == 2 ? lane % 16 * 8 : lane * 4;
+  const uint32_t bank = kBits == 2 ? lane % 16 * 8 : lane * 4;
   float sum[kTiles][kFragments][4] = {};
 
   constexpr int kUnrolled = kDepth > 2 ? kDepth : 2;
@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
         if constexpr (kBits == 3) words[3] = fourth_word(words);
         // All lookups of the tile first: its registers are then free for the next unit's codes.
         uint32_t a[2][2][4];
-        look_up<kBits>(a[0], words, 0, copy);
-        look_up<kBits>(a[1], words, 1, copy);
+        look_up<kBits>(a[0], words, 0, bank);
+        look_up<kBits>(a[1], words, 1, bank);
         load_words(d, r, more);
         float part[kFragments][4] = {};
 #pragma unroll

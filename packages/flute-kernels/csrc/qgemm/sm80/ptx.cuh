@@ -43,12 +43,6 @@ __device__ __forceinline__ void load_scales(uint32_t (&v)[2], const uint32_t* p,
                : "+r"(v[0]), "+r"(v[1])
                : "l"(p), "r"(int{on}));
 }
-__device__ __forceinline__ void load_scales(uint32_t (&v)[4], const uint32_t* p, bool on) {
-  asm volatile("{.reg .pred q; setp.ne.s32 q, %5, 0;\n@q ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];}"
-               : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])
-               : "l"(p), "r"(int{on}));
-}
-
 // x may have been written by the kernel before, so not through the read-only path.
 __device__ __forceinline__ void load_x(uint4& v, const uint16_t* p, bool on) {
   asm volatile("{.reg .pred q; setp.ne.s32 q, %5, 0;\n@q ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"

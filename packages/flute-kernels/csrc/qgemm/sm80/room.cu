@@ -7,18 +7,6 @@
 #include "qgemm/sm80/plan.h"
 
 namespace flute::sm80 {
-namespace {
-
-const KernelRow* kernels(int bits, DType dtype) {
-  const bool half = dtype == DType::f16;
-  switch (bits) {
-    case 2: return half ? kKernels_b2_f16 : kKernels_b2_bf16;
-    case 3: return half ? kKernels_b3_f16 : kKernels_b3_bf16;
-    default: return half ? kKernels_b4_f16 : kKernels_b4_bf16;
-  }
-}
-
-}  // namespace
 
 bool supports(const QgemmProblem& p) { return p.gpu.capability >= 80 && p.dtype != DType::f32; }
 
@@ -30,8 +18,7 @@ Status launch(const QgemmProblem& p) {
   const Plan plan = make_plan(w, p.m, p.gpu);
   const Config& config = kConfigs[plan.config];
   const int wide = w.scale_dtype == DType::bf16, fine = layout::scales_per_unit(w) - 1;
-  const int half = p.dtype == DType::f16;
-  const void* kernel = kernels(w.bits, p.dtype)[plan.config].of[wide][fine];
+  const void* kernel = kKernels[w.bits - 2][p.dtype == DType::bf16][plan.config].of[wide][fine];
 
   Params params{static_cast<const uint32_t*>(w.codes),
                 static_cast<const uint32_t*>(w.scales),

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/both.h"
+#include "qgemm/common/layout.h"
 
 namespace flute::sm90 {
 
@@ -35,17 +36,16 @@ struct Stage {
     return (used() + 1023) / 1024 * 1024;
   }  // operand B begins at multiples of 1024
 };
-constexpr int kTableBytes = 256 * 256;  // common/lookup.cuh
 constexpr int kBarrierBytes = 1024;
 constexpr int kSharedBytes = 227 * 1024;  // of a block on compute capability 9.0
 constexpr int kMostStages = 12;
 
 FLUTE_BOTH constexpr int stages(const Stage& stage) {
-  const int fit = (kSharedBytes - 1024 - kTableBytes - kBarrierBytes) / stage.bytes();
+  const int fit = (kSharedBytes - 1024 - layout::kTableBytes - kBarrierBytes) / stage.bytes();
   return fit < kMostStages ? fit : kMostStages;
 }
 FLUTE_BOTH constexpr int shared_bytes(const Stage& stage) {
-  return kTableBytes + kBarrierBytes + stages(stage) * stage.bytes();
+  return layout::kTableBytes + kBarrierBytes + stages(stage) * stage.bytes();
 }
 
 struct Params {

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kWarpgroups * 128 + 128, 1) kernel(const __gri
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const uint32_t barriers = base + kTableBytes, ring = barriers + kBarrierBytes;
+  const uint32_t barriers = base + layout::kTableBytes, ring = barriers + kBarrierBytes;
   const auto full = [&](int stage) { return barriers + 16 * stage; };
   const auto empty = [&](int stage) { return barriers + 16 * stage + 8; };
   const int64_t total = int64_t{p.groups} * p.column_blocks * p.units;

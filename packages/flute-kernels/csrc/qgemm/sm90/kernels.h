@@ -14,4 +14,9 @@ extern const KernelRow kKernels_b2_f16[kConfigCount], kKernels_b2_bf16[kConfigCo
 extern const KernelRow kKernels_b3_f16[kConfigCount], kKernels_b3_bf16[kConfigCount];
 extern const KernelRow kKernels_b4_f16[kConfigCount], kKernels_b4_bf16[kConfigCount];
 
+// By bits - 2, and fp16 or bf16.
+inline const KernelRow* const kKernels[3][2] = {{kKernels_b2_f16, kKernels_b2_bf16},
+                                                {kKernels_b3_f16, kKernels_b3_bf16},
+                                                {kKernels_b4_f16, kKernels_b4_bf16}};
+
 }  // namespace flute::sm90

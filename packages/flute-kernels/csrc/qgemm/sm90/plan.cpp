@@ -16,20 +16,17 @@ constexpr int64_t kFewestUnits = 4;  // of a block: with fewer, filling its tabl
 
 Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
   const int64_t tiles_per_table = layout::tiles_per_table(w);
-  // The narrowest columns that hold m, or the widest; of these the most rows of weights that a table has.
+  // The narrowest columns that hold m, or the widest.
+  int columns = 0;
+  for (const Config& c : kConfigs) {
+    if (columns < m ? c.columns > columns : c.columns >= m && c.columns < columns) columns = c.columns;
+  }
+  // Of these, the most rows of weights that a table has.
   int best = -1;
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
-    if (4 * c.warpgroups > tiles_per_table) continue;
-    if (best >= 0) {
-      const Config& b = kConfigs[best];
-      const bool fits = c.columns >= m, best_fits = b.columns >= m;
-      if (c.columns == b.columns ? c.warpgroups < b.warpgroups
-          : fits                 ? best_fits && b.columns < c.columns
-                                 : best_fits || b.columns > c.columns)
-        continue;
-    }
-    best = i;
+    if (c.columns != columns || 4 * c.warpgroups > tiles_per_table) continue;
+    if (best < 0 || c.warpgroups > kConfigs[best].warpgroups) best = i;
   }
   Plan plan{};
   plan.config = best;

@@ -8,18 +8,6 @@
 #include "qgemm/sm90/plan.h"
 
 namespace flute::sm90 {
-namespace {
-
-const KernelRow* kernels(int bits, DType dtype) {
-  const bool half = dtype == DType::f16;
-  switch (bits) {
-    case 2: return half ? kKernels_b2_f16 : kKernels_b2_bf16;
-    case 3: return half ? kKernels_b3_f16 : kKernels_b3_bf16;
-    default: return half ? kKernels_b4_f16 : kKernels_b4_bf16;
-  }
-}
-
-}  // namespace
 
 bool supports(const QgemmProblem& p) {
   // Compiled, but not chosen before its tests have run on a GPU. From 17 rows on is where it should begin: fewer
@@ -39,7 +27,7 @@ Status launch(const QgemmProblem& p) {
   const Plan plan = make_plan(w, p.m, p.gpu);
   const Config& config = kConfigs[plan.config];
   const int wide = w.scale_dtype == DType::bf16, per_unit = layout::scales_per_unit(w);
-  const KernelRow& row = kernels(w.bits, p.dtype)[plan.config];
+  const KernelRow& row = kKernels[w.bits - 2][p.dtype == DType::bf16][plan.config];
   const int units = static_cast<int>(layout::units(w.k));
 
   ImageParams image{static_cast<const uint16_t*>(p.x),   p.workspace,    p.ldx, static_cast<int>(p.m),

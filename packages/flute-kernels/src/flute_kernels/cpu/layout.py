@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flute_kernels.checks import check_tensors
 from flute_kernels.cpu.memory import empty
 from flute_kernels.errors import FormatError
 from flute_kernels.format import QuantizedLinear, QuantSpec
@@ -75,12 +76,4 @@ def check_layout(weight: PackedWeight) -> None:
         expected["table_of_block"] = (table_of_block, (torch.int32,), [blocks])
     elif count != 1:
         raise FormatError(f"tables holds {count} tables without table_of_block; expected one.")
-    for name, (tensor, dtypes, shape) in expected.items():
-        if tensor.dtype not in dtypes or list(tensor.shape) != shape or not tensor.is_contiguous():
-            raise FormatError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}"
-                f"{'' if tensor.is_contiguous() else ', not contiguous'}; "
-                f"expected contiguous {' or '.join(map(str, dtypes))} {shape}."
-            )
-        if tensor.device != codes.device:
-            raise FormatError(f"{name} is on {tensor.device}, codes on {codes.device}; expected the same.")
+    check_tensors(expected, codes.device)

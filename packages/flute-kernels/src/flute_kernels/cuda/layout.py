@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from flute_kernels import _C
+from flute_kernels.checks import check_tensors
 from flute_kernels.errors import FormatError, UnsupportedError
 from flute_kernels.format import QuantizedLinear, QuantSpec
 from flute_kernels.format.linear import SCALE_DTYPES
-from flute_kernels.format.spec import PER_ROW
+from flute_kernels.format.spec import GROUP_SIZES, PER_ROW
 from flute_kernels.packed import PackedWeight
 
 __all__ = ["check_device", "check_layout", "current_stream", "pack", "pad_rows", "unpack"]
@@ -107,8 +108,9 @@ def check_layout(weight: PackedWeight) -> None:
     spec = QuantSpec(bits=bits, vector_size=weight.vector_size, group_size=PER_ROW)
     spec.check_in_features(k)
     group = weight.group_size
-    if group != k and (group not in (32, 64, 128, 256) or k % group):
-        raise FormatError(f"group_size is {group}; expected 32, 64, 128, 256 or all of in_features = {k}.")
+    if group != k and (group not in GROUP_SIZES or k % group):
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        raise FormatError(f"group_size is {group}; expected {sizes} or all of in_features = {k}.")
     tiles, together = -(-n // _TILE), _per_unit(k, group)
     count = weight.tables.shape[0] if weight.tables.ndim else 0
     if count < 1 or tiles % count:
@@ -120,17 +122,8 @@ def check_layout(weight: PackedWeight) -> None:
         "scales": (weight.scales, SCALE_DTYPES, [-(-(k // group) // together), tiles, 8, together, 2]),
         "tables": (weight.tables, (torch.float32,), [count, 4**bits, 2]),
     }
-    for name, (tensor, dtypes, shape) in expected.items():
-        if tensor.dtype not in dtypes or list(tensor.shape) != shape or not tensor.is_contiguous():
-            raise FormatError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}"
-                f"{'' if tensor.is_contiguous() else ', not contiguous'}; "
-                f"expected contiguous {' or '.join(map(str, dtypes))} {shape}."
-            )
-        if tensor.device != weight.codes.device:
-            raise FormatError(
-                f"{name} is on {tensor.device}, codes on {weight.codes.device}; expected the same."
-            )
+    check_tensors(expected, weight.codes.device)
+    for name, (tensor, *_) in expected.items():
         if tensor.data_ptr() % 16:
             raise FormatError(
                 f"{name} begins at an address that 16 does not divide; kernels need one that it does."
