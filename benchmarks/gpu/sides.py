@@ -76,7 +76,7 @@ def flute_one_by_one(p: Problem) -> Side:
 def marlin(p: Problem) -> Side:
     """vLLM's int4 kernel for Ampere."""
     ops, uint4b8 = _vllm(p)
-    packed = ops.gptq_marlin_repack(_along_k(p.codes), p.k, p.n, 4, False)
+    packed = ops.gptq_marlin_repack(_along_k(p.codes).contiguous(), p.k, p.n, 4, False)
     order = [i + 8 * j for i in range(8) for j in range(8)]
     scales = p.scales.t().contiguous().reshape(-1, 64)[:, order].reshape(-1, p.n).contiguous()
     weights = list(zip(_clones(packed, p.copies()), _clones(scales, p.copies()), strict=True))
@@ -167,7 +167,7 @@ def tinygemm(p: Problem) -> Side:
 SIDES: dict[str, Callable[[Problem], Side]] = {
     "torch.mm": torch_mm,
     "FLUTE": flute,
-    "FLUTE, one by one": flute_one_by_one,
+    "FLUTE one by one": flute_one_by_one,
     "Marlin": marlin,
     "Machete": machete,
     "humming": humming,

@@ -226,12 +226,11 @@ nb::dict plan_sm90(int64_t n, int64_t k, int bits, int64_t group, int64_t tables
   nb::dict out;
   if (plan.config < 0) return out;
   out["columns"] = sm90::kConfigs[plan.config].columns;
-  out["warpgroups"] = sm90::kConfigs[plan.config].warpgroups;
+  out["rows"] = sm90::rows(sm90::kConfigs[plan.config]);
   out["groups"] = plan.groups;
   out["column_blocks"] = plan.column_blocks;
-  out["blocks"] = plan.blocks;
-  out["image_bytes"] = plan.image_bytes;
-  out["parts_bytes"] = plan.parts_bytes;
+  out["parts"] = plan.parts;
+  out["workspace_bytes"] = plan.image_bytes + plan.parts_bytes + plan.arrived_bytes;
   return out;
 }
 

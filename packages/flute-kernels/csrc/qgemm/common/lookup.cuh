@@ -19,8 +19,8 @@ namespace flute {
 // All of a block's dynamic shared memory; the table is first.
 extern __shared__ __align__(1024) unsigned char shared[];
 
-// Bytes 0, i, 2, 3 of {offset, word i, offset, offset}: i * 256 + offset for a byte i of a word and an
-// offset below 256. PTX ISA 9.0, 9.7.8.7, prmt.
+// i * 256 + offset, for a byte i of a word and an offset below 256: byte 0 of the offset, the byte of the word, and
+// twice byte 1 of the offset, which is zero. PTX ISA 9.0, 9.7.8.7, prmt.
 template <int kByte>
 __device__ __forceinline__ uint32_t table_address(uint32_t word, uint32_t offset) {
   uint32_t address;

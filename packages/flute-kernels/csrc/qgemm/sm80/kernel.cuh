@@ -25,6 +25,7 @@
 #include "core/convert.cuh"
 #include "core/early.cuh"
 #include "qgemm/common/layout.h"
+#include "qgemm/common/loads.cuh"
 #include "qgemm/common/lookup.cuh"
 #include "qgemm/sm80/config.h"
 #include "qgemm/sm80/ptx.cuh"

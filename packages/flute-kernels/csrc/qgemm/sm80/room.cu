@@ -8,7 +8,13 @@
 
 namespace flute::sm80 {
 
-bool supports(const QgemmProblem& p) { return p.gpu.capability >= 80 && p.dtype != DType::f32; }
+// With more rows of x, dequantizing the weight once is faster (docs/kernel-notes.md); with more rows of weights a
+// grid could be too large.
+constexpr int64_t kMostRows = 128, kMostWeightRows = 65535 * layout::kTile;
+
+bool supports(const QgemmProblem& p) {
+  return p.gpu.capability >= 80 && p.dtype != DType::f32 && p.m <= kMostRows && p.weight.n <= kMostWeightRows;
+}
 
 int64_t workspace_bytes(const QgemmProblem&) { return 0; }
 

@@ -8,11 +8,11 @@
 
 namespace flute::sm90 {
 
-// One compiled shape: rows of x that a block multiplies at a time, and warpgroups that look up weights, each 64
-// rows of them. One warpgroup more loads.
+// One compiled shape. A block multiplies a group of rows of weights by `columns` rows of x.
 struct Config {
-  int columns;     // 16, 32, 64, 128
-  int warpgroups;  // 1 to 4
+  int columns;     // 32, 64, 128
+  int warpgroups;  // of four warps that multiply
+  int slabs;       // of 64 rows, that a warpgroup multiplies in turn
 };
 
 constexpr Config kConfigs[] = {
@@ -22,26 +22,33 @@ constexpr Config kConfigs[] = {
 };
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
-// Shared memory of a block: the table, barriers, and a ring of stages. A stage holds one unit of K: the image
-// of x, then codes and scales of the block's rows.
+FLUTE_BOTH constexpr int rows(const Config& c) { return 64 * c.warpgroups * c.slabs; }
+FLUTE_BOTH constexpr int tiles(const Config& c) { return 4 * c.warpgroups * c.slabs; }
+// Where two warpgroups' sums need more than the 168 registers a thread that nine warps can have, there is a third
+// warpgroup, so that it can leave them its registers. Else one more warp is enough to copy.
+FLUTE_BOTH constexpr bool shares_registers(const Config& c) { return c.columns * c.slabs >= 128; }
+FLUTE_BOTH constexpr int threads(const Config& c) {
+  return 128 * c.warpgroups + (shares_registers(c) ? 128 : 32);
+}
+
+// Shared memory of a block: the table, barriers, and a ring of stages. A stage holds what the block multiplies of
+// one unit of K: the image of x, which a product wants at a multiple of 1024, then codes and scales.
 struct Stage {
   int x, codes, scales;  // bytes
 
   FLUTE_BOTH constexpr Stage(int bits, int scales_per_unit, const Config& c)
-      : x(c.columns * 128),
-        codes(c.warpgroups * 4 * 128 * bits),
-        scales(c.warpgroups * 4 * 32 * scales_per_unit) {}
+      : x(c.columns * layout::kUnit * 2),
+        codes(tiles(c) * 128 * bits),
+        scales(tiles(c) * 32 * scales_per_unit) {}
   FLUTE_BOTH constexpr int used() const { return x + codes + scales; }
-  FLUTE_BOTH constexpr int bytes() const {
-    return (used() + 1023) / 1024 * 1024;
-  }  // operand B begins at multiples of 1024
+  FLUTE_BOTH constexpr int bytes() const { return (used() + 1023) / 1024 * 1024; }
 };
 constexpr int kBarrierBytes = 1024;
-constexpr int kSharedBytes = 227 * 1024;  // of a block on compute capability 9.0
-constexpr int kMostStages = 12;
+constexpr int kSharedBytes = 226 * 1024;  // of a block on compute capability 9.0
+constexpr int kMostStages = 16;
 
 FLUTE_BOTH constexpr int stages(const Stage& stage) {
-  const int fit = (kSharedBytes - 1024 - layout::kTableBytes - kBarrierBytes) / stage.bytes();
+  const int fit = (kSharedBytes - layout::kTableBytes - kBarrierBytes) / stage.bytes();
   return fit < kMostStages ? fit : kMostStages;
 }
 FLUTE_BOTH constexpr int shared_bytes(const Stage& stage) {
@@ -53,25 +60,16 @@ struct Params {
   const uint32_t* scales;  // pairs: rows g and g + 8
   const void* tables;      // float pairs
   const void* image;       // of x
-  void* parts;             // of sums, float4, that several blocks share
+  void* parts;             // of sums, where several blocks share K
+  int* arrived;            // blocks that have written theirs, by group and block of columns; zero at first
   uint16_t* out;
   const void* bias;
   int64_t ldo;
   int n, m;
   int tiles, units;
-  int tiles_per_table, groups_per_table;  // a group: the rows that a block multiplies at a time
-  int groups, column_blocks;
+  int tiles_per_table, groups_per_table;
   int group_shift;  // log2 of units per scale
   int bias_dtype;
 };
-
-// The work in one line: groups of rows, in each the blocks of columns, in each the units of K. Every block
-// takes an equal piece of it.
-struct Piece {
-  int begin, end;
-};
-FLUTE_BOTH inline Piece piece_of(int64_t total, int block, int blocks) {
-  return {static_cast<int>(total * block / blocks), static_cast<int>(total * (block + 1) / blocks)};
-}
 
 }  // namespace flute::sm90

@@ -20,14 +20,17 @@ struct ImageParams {
   void* image;
   int64_t ldx;
   int m, rows, columns, units;  // rows: of the image, a multiple of columns
+  int* arrived;                 // set to zero for the kernel that follows
+  int arrivals;
 };
 
 __global__ void __launch_bounds__(kImageThreads) make_image(const __grid_constant__ ImageParams p) {
   launch_dependents();
   const int id = blockIdx.x * kImageThreads + threadIdx.x;
   const int half = id % 2, unit = id / 2 % p.units, row = id / 2 / p.units;
-  if (row >= p.rows) return;
   wait_for_predecessor();
+  if (id < p.arrivals) p.arrived[id] = 0;
+  if (row >= p.rows) return;
   uint4 runs[4] = {};
   if (row < p.m) {
     const uint4* from = reinterpret_cast<const uint4*>(p.x + row * p.ldx + unit * 64 + half * 32);

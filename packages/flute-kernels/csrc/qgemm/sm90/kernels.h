@@ -7,7 +7,6 @@ namespace flute::sm90 {
 
 struct KernelRow {
   const void* of[2][2];  // scales fp16, bf16; groups of 64 and more, of 32
-  const void* join;
 };
 
 extern const KernelRow kKernels_b2_f16[kConfigCount], kKernels_b2_bf16[kConfigCount];

@@ -8,40 +8,57 @@
 namespace flute::sm90 {
 namespace {
 
+constexpr int64_t kMostOfGrid = 65535;
+constexpr int kMostParts = 8;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kFewestUnits = 4;  // of a block: with fewer, filling its table and ring takes longer
-
-}  // namespace
-
-Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
-  const int64_t tiles_per_table = layout::tiles_per_table(w);
-  // The narrowest columns that hold m, or the widest.
+// The narrowest columns that hold m, or the widest.
+int columns_for(int64_t m) {
   int columns = 0;
   for (const Config& c : kConfigs) {
     if (columns < m ? c.columns > columns : c.columns >= m && c.columns < columns) columns = c.columns;
   }
-  // Of these, the most rows of weights that a table has.
-  int best = -1;
+  return columns;
+}
+
+// Microseconds on an H200 (docs/kernel-notes.md); the plan needs only their proportions.
+double time_of(const Config& c, const Plan& plan, int64_t units, int64_t multiprocessors) {
+  const double slabs = c.warpgroups * c.slabs;
+  const double unit = (0.07 + slabs * (0.045 + 0.0008 * c.columns)) * (c.warpgroups == 4 ? 0.95 : 1.0);
+  const int64_t blocks = int64_t{plan.groups} * plan.column_blocks * plan.parts;
+  const auto waves = static_cast<double>(ceil_div(blocks, multiprocessors));
+  const double join = plan.parts > 1 ? plan.parts * (0.4 + 0.015 * c.columns) : 0.0;
+  return waves * (static_cast<double>(ceil_div(units, plan.parts)) * unit + 4.0) + join;
+}
+
+}  // namespace
+
+Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
+  const int64_t tiles_per_table = layout::tiles_per_table(w), units = layout::units(w.k);
+  const int columns = columns_for(m);
+  Plan best{-1};
+  double least = 0;
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
-    if (c.columns != columns || 4 * c.warpgroups > tiles_per_table) continue;
-    if (best < 0 || c.warpgroups > kConfigs[best].warpgroups) best = i;
+    if (c.columns != columns || tiles(c) > tiles_per_table) continue;
+    Plan plan{i};
+    plan.groups_per_table = static_cast<int>(ceil_div(tiles_per_table, tiles(c)));
+    plan.groups = static_cast<int>(plan.groups_per_table * w.table_count);
+    plan.column_blocks = static_cast<int>(ceil_div(m, c.columns));
+    if (plan.groups > kMostOfGrid || plan.column_blocks > kMostOfGrid) continue;
+    for (plan.parts = 1; plan.parts <= std::min<int64_t>(kMostParts, units); ++plan.parts) {
+      const double time = time_of(c, plan, units, gpu.multiprocessors);
+      if (best.config < 0 || time < least) best = plan, least = time;
+    }
   }
-  Plan plan{};
-  plan.config = best;
-  if (best < 0) return plan;
-  const Config& c = kConfigs[best];
-  plan.groups_per_table = static_cast<int>(ceil_div(tiles_per_table, 4 * c.warpgroups));
-  plan.groups = static_cast<int>(plan.groups_per_table * w.table_count);
-  plan.column_blocks = static_cast<int>(ceil_div(m, c.columns));
-  const int64_t units = layout::units(w.k), total = units * plan.groups * plan.column_blocks;
-  if (total > 0x7fffffff / 2) return {-1};
-  plan.blocks = static_cast<int>(std::clamp<int64_t>(total / kFewestUnits, 1, gpu.multiprocessors));
-  plan.joins = (int64_t{plan.groups} * plan.column_blocks) % plan.blocks != 0;
-  plan.image_bytes = units * plan.column_blocks * c.columns * 128;
-  plan.parts_bytes = plan.joins ? int64_t{plan.blocks} * 2 * c.warpgroups * 128 * c.columns * 2 : 0;
-  return plan;
+  if (best.config < 0) return best;
+  const Config& c = kConfigs[best.config];
+  const int64_t sets = int64_t{best.groups} * best.column_blocks;
+  best.image_bytes = units * best.column_blocks * Stage(w.bits, 1, c).x;
+  best.parts_bytes = best.parts > 1 ? sets * best.parts * rows(c) * c.columns * int64_t{sizeof(float)} : 0;
+  best.arrived_bytes = sets * int64_t{sizeof(int)};
+  return best;
 }
 
 }  // namespace flute::sm90

@@ -8,9 +8,9 @@ namespace flute::sm90 {
 struct Plan {
   int config;  // index into kConfigs; -1: none serves the problem
   int groups_per_table, groups, column_blocks;
-  int blocks;
-  bool joins;  // some group is shared by several blocks
-  int64_t image_bytes, parts_bytes;
+  int parts;  // of K, each for one block
+  // Of the workspace: x, the sums of parts, and a count for each group and block of columns.
+  int64_t image_bytes, parts_bytes, arrived_bytes;
 };
 
 Plan make_plan(const QWeight& weight, int64_t m, const Gpu& gpu);

@@ -32,13 +32,33 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 }
 
 // A copy of whole 16-byte pieces from global to shared memory, made by the copy engine; the barrier learns of
-// its bytes (9.7.9.25.4.1, cp.async.bulk).
+// its bytes (9.7.9.25.4.1, cp.async.bulk). It is for one thread, chosen by is_elected() so that the compiler knows
+// that it is one (9.7.13.14, elect.sync).
 __device__ __forceinline__ void copy(uint32_t to, const void* from, int bytes, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
+__device__ __forceinline__ bool is_elected() {
+  uint32_t elected;
+  asm volatile("{.reg .pred is;\nelect.sync _|is, 0xffffffff;\nselp.u32 %0, 1, 0, is;}" : "=r"(elected));
+  return elected != 0;
+}
+
+__device__ __forceinline__ void load_shared(uint32_t& v, uint32_t at) {
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
+}
+__device__ __forceinline__ void load_shared(uint32_t& v0, uint32_t& v1, uint32_t at) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v0), "=r"(v1) : "r"(at));
+}
+__device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t at) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(at));
+}
+// What this thread may see of writes to memory, its copies see from here on (9.7.13.4, fence.proxy).
+__device__ __forceinline__ void copies_see_writes() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
 // Warpgroup products (9.7.15): registers that take part may not be touched between fence and wait.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -49,7 +69,22 @@ __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
-// Registers move between warpgroups (9.7.17.1.5, setmaxnreg): the loading warps leave theirs.
+// The compiler takes a product's results for known as soon as the product has been started: it must not move their
+// uses across this.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&v)[kCount][4]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    asm volatile("" : "+f"(v[i][0]), "+f"(v[i][1]), "+f"(v[i][2]), "+f"(v[i][3])::"memory");
+}
+
+// A value that the compiler keeps in a register, as it does not know where it comes from.
+__device__ __forceinline__ uint32_t kept(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
+// Registers move between warpgroups (9.7.17.1.5, setmaxnreg): the warps that bring x leave theirs.
 template <int kCount>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
@@ -62,7 +97,9 @@ __device__ __forceinline__ void leave_registers() {
 // Operand B in shared memory: rows of 128 bytes along K, swizzled by 128 bytes, eight rows every 1024 bytes
 // (9.7.15.5.1, matrix descriptor). 32 bytes further lies the next 16 of K: add 2.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  return (address & 0x3ffff) >> 4 | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  uint64_t d;
+  asm("mov.b64 %0, {%1, %2};" : "=l"(d) : "r"((address & 0x3ffff) >> 4 | 1 << 16), "n"(0x40000040));
+  return d;
 }
 
 // d = a * b, or d += a * b: m64 n(kColumns) k16, a from registers, b from shared memory, d in float. Thread
@@ -100,7 +137,6 @@ struct Product;
 #define FLUTE_PRODUCTS(COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, ...)                 \
   FLUTE_PRODUCT(__half, "f16", COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, __VA_ARGS__) \
   FLUTE_PRODUCT(__nv_bfloat16, "bf16", COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, __VA_ARGS__)
-FLUTE_PRODUCTS(16, FLUTE_R8, "%8, %9, %10, %11", "%12", "%13", FLUTE_D2(0))
 FLUTE_PRODUCTS(32, FLUTE_R16, "%16, %17, %18, %19", "%20", "%21", FLUTE_D4(0))
 FLUTE_PRODUCTS(64, FLUTE_R32, "%32, %33, %34, %35", "%36", "%37", FLUTE_D8(0))
 FLUTE_PRODUCTS(128, FLUTE_R64, "%64, %65, %66, %67", "%68", "%69", FLUTE_D8(0), FLUTE_D8(8))

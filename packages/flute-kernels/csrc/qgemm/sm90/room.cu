@@ -1,5 +1,7 @@
 #include "qgemm/sm90/room.h"
 
+#include <algorithm>
+
 #include "core/cuda.h"
 #include "core/launch.h"
 #include "qgemm/common/layout.h"
@@ -9,17 +11,18 @@
 
 namespace flute::sm90 {
 
+// Fewer rows of x leave most of the products' columns empty, and the sm80 room is faster; for more, dequantizing
+// the weight once is (docs/kernel-notes.md).
+constexpr int64_t kFewestRows = 17, kMostRows = 512;
+
 bool supports(const QgemmProblem& p) {
-  // Compiled, but not chosen before its tests have run on a GPU. From 17 rows on is where it should begin: fewer
-  // leave the tensor cores' columns empty, and the sm80 room needs no image of x.
-  constexpr bool kTested = false;
-  return kTested && p.gpu.capability == 90 && p.dtype != DType::f32 && p.m > 16 &&
+  return p.gpu.capability == 90 && p.dtype != DType::f32 && p.m >= kFewestRows && p.m <= kMostRows &&
          make_plan(p.weight, p.m, p.gpu).config >= 0;
 }
 
 int64_t workspace_bytes(const QgemmProblem& p) {
   const Plan plan = make_plan(p.weight, p.m, p.gpu);
-  return plan.image_bytes + plan.parts_bytes;
+  return plan.image_bytes + plan.parts_bytes + plan.arrived_bytes;
 }
 
 Status launch(const QgemmProblem& p) {
@@ -27,16 +30,19 @@ Status launch(const QgemmProblem& p) {
   const Plan plan = make_plan(w, p.m, p.gpu);
   const Config& config = kConfigs[plan.config];
   const int wide = w.scale_dtype == DType::bf16, per_unit = layout::scales_per_unit(w);
-  const KernelRow& row = kKernels[w.bits - 2][p.dtype == DType::bf16][plan.config];
   const int units = static_cast<int>(layout::units(w.k));
-
+  char* const workspace = static_cast<char*>(p.workspace);
+  char* const parts = workspace + plan.image_bytes;
+  int* const arrived = reinterpret_cast<int*>(parts + plan.parts_bytes);
   ImageParams image{static_cast<const uint16_t*>(p.x),   p.workspace,    p.ldx, static_cast<int>(p.m),
-                    plan.column_blocks * config.columns, config.columns, units};
+                    plan.column_blocks * config.columns, config.columns, units, arrived,
+                    plan.groups * plan.column_blocks};
   Params params{static_cast<const uint32_t*>(w.codes),
                 static_cast<const uint32_t*>(w.scales),
                 w.tables,
-                p.workspace,
-                static_cast<char*>(p.workspace) + plan.image_bytes,
+                workspace,
+                parts,
+                arrived,
                 static_cast<uint16_t*>(p.out),
                 p.bias,
                 p.ldo,
@@ -46,31 +52,22 @@ Status launch(const QgemmProblem& p) {
                 units,
                 static_cast<int>(layout::tiles_per_table(w)),
                 plan.groups_per_table,
-                plan.groups,
-                plan.column_blocks,
                 layout::group_shift(w),
                 static_cast<int>(p.bias_dtype)};
-  int blocks = plan.blocks;
   void* of_image[] = {&image};
-  void* of_kernel[] = {&params};
-  void* of_join[] = {&params, &blocks};
-
+  void* arguments[] = {&params};
   const DeviceGuard guard(p.gpu.device);
-  const auto device = p.gpu.device;
-  const int64_t threads = int64_t{image.rows} * units * 2;
-  Status status = flute::launch(
+  const int64_t image_threads = std::max<int64_t>(int64_t{image.rows} * units * 2, image.arrivals);
+  const Status status = flute::launch(
       {reinterpret_cast<const void*>(&make_image),
-       static_cast<unsigned>((threads + kImageThreads - 1) / kImageThreads), 1, 1, kImageThreads, 0},
-      of_image, device, p.stream);
+       static_cast<unsigned>((image_threads + kImageThreads - 1) / kImageThreads), 1, 1, kImageThreads, 0},
+      of_image, p.gpu.device, p.stream);
   if (!status.ok()) return status;
-  status = flute::launch({row.of[wide][per_unit - 1], static_cast<unsigned>(blocks), 1, 1,
-                          config.warpgroups * 128 + 128, shared_bytes(Stage(w.bits, per_unit, config))},
-                         of_kernel, device, p.stream);
-  if (!status.ok() || !plan.joins) return status;
-  const unsigned parts = static_cast<unsigned>((config.warpgroups * config.columns / 8 + 3) / 4);
-  return flute::launch({row.join, static_cast<unsigned>(plan.column_blocks),
-                        static_cast<unsigned>(plan.groups), parts, 128, 0},
-                       of_join, device, p.stream);
+  return flute::launch(
+      {kKernels[w.bits - 2][p.dtype == DType::bf16][plan.config].of[wide][per_unit - 1],
+       static_cast<unsigned>(plan.parts), static_cast<unsigned>(plan.column_blocks),
+       static_cast<unsigned>(plan.groups), threads(config), shared_bytes(Stage(w.bits, per_unit, config))},
+      arguments, p.gpu.device, p.stream);
 }
 
 }  // namespace flute::sm90

@@ -15,8 +15,6 @@ from flute_kernels.packed import PackedWeight
 
 __all__ = ["dequantize", "hadamard", "plain_qgemm", "qgemm", "weight_handle"]
 
-_FUSED_ROWS = 128
-"""Up to this many rows of x the fused kernel is faster than dequantizing; see docs/kernel-notes.md."""
 _CHUNK_BYTES = 64 << 20
 """Bound of the workspace that a dequantized part of a weight takes."""
 _ALIGNMENT = 16
@@ -60,7 +58,7 @@ def _multiply(handle: _C.QWeight, x: Tensor, weight: PackedWeight, bias: Tensor 
     rows = _as_rows(x)
     m, n = rows.shape[0], weight.out_features
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    if m > _FUSED_ROWS or x.dtype == torch.float32 or not _multiply_fused(handle, pad_rows(rows), bias, out):
+    if x.dtype == torch.float32 or not _multiply_fused(handle, pad_rows(rows), bias, out):
         _multiply_dequantized(handle, rows, weight, bias, out)
     return out.view(*x.shape[:-1], n)
 
