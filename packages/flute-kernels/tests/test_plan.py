@@ -94,8 +94,9 @@ def test_hopper_small_weights_are_cut_along_k_to_fill_the_gpu() -> None:
             assert 88 <= p["groups"] * p["column_blocks"] * p["parts"] <= 132, (n, k, m, p)
 
 
-def test_hopper_workspace_stays_small() -> None:
+def test_hopper_workspace_beside_the_image_of_x_stays_small() -> None:
     for n, k in ((4096, 4096), (28672, 4096), (57344, 8192), (8192, 28672)):
-        for m in (17, 64, 128):
+        for m in (17, 64, 128, 1024):
             p = plan90(n, k, m)
-            assert p["workspace_bytes"] <= 16 << 20, (n, k, m, p)
+            image = p["column_blocks"] * p["columns"] * k * 2
+            assert p["workspace_bytes"] - image <= 9 << 20, (n, k, m, p)

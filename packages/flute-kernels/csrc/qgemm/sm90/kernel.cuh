@@ -6,20 +6,21 @@
 // than one, and 64 a third of what they cost there.
 //
 // Who does what. A block multiplies a group of 64 * warpgroups * slabs rows of weights with kColumns rows of x,
-// one unit of 64 along K after the other, or, where there are too few groups, several blocks do, each with a part
-// of K. One thread keeps a ring of stages in shared memory filled with codes, scales, and x, which image.cuh has
-// put into the order that the product reads (ring.cuh). The warpgroups multiply. Each takes its slabs of 64 rows in turn: it looks the weights up (common/lookup.cuh)
-// in the fragment layout of the product, which is that of mma.sync for each of the four warps, waits for the
-// products that it started before, adds what is whole (the sums of a scale, times the scale) to its totals,
-// and starts the next four products of 16 along K. So lookups run while products run, and two warpgroups fill
-// each other's pauses.
+// one unit of 64 along K after the other, or, where there are too few groups, several blocks do, each with a
+// part of K. One thread keeps a ring of stages in shared memory filled with codes, scales, and x, which image.cuh
+// has put into the order that the product reads (ring.cuh). The warpgroups multiply. Each takes its slabs of 64
+// rows in turn: it looks the weights up (common/lookup.cuh) in the fragment layout of the product, which is that
+// of mma.sync for each of the four warps, waits for the products that it started before, adds what is whole (the
+// sums of a scale, times the scale) to its totals, and starts the next four products of 16 along K. So lookups
+// run while products run, and warpgroups fill each other's pauses.
 //
 // At the end, blocks that share a group write their sums to memory, and the one that comes last adds them up, in
 // the order of the parts of K, whoever it is.
 //
-// What bounds it. The shared-memory pipe, of which a 16 x 64 tile at 4 bits takes 16 wavefronts for lookups, 8 for
-// its codes, which come and go, and kColumns / 4 that the products read of x; or, from 64 columns on, the
-// products: columns / 2 clocks for 64 x 16 weights.
+// What bounds it. At 32 columns, instructions: a warp spends about 80 on its 16 x 64 weights, of which 36 look up
+// and multiply. At 64 and more, the shared-memory pipe, of which a 16 x 64 tile at 4 bits takes 16 wavefronts for
+// lookups, 4 for codes and kColumns / 4 for what the products read of x. The products themselves take
+// kColumns / 2 clocks for 64 x 16 weights, but at least 13.
 //
 // When. Codes, scales and the table come before the wait for the kernel before, x and everything written after
 // it.

@@ -28,7 +28,7 @@ double time_of(const Config& c, const Plan& plan, int64_t units, int64_t multipr
   const double unit = (0.07 + slabs * (0.045 + 0.0008 * c.columns)) * (c.warpgroups == 4 ? 0.95 : 1.0);
   const int64_t blocks = int64_t{plan.groups} * plan.column_blocks * plan.parts;
   const auto waves = static_cast<double>(ceil_div(blocks, multiprocessors));
-  const double join = plan.parts > 1 ? plan.parts * (0.4 + 0.015 * c.columns) : 0.0;
+  const double join = (plan.parts - 1) * (0.6 + 0.022 * c.columns);
   return waves * (static_cast<double>(ceil_div(units, plan.parts)) * unit + 4.0) + join;
 }
 
@@ -48,6 +48,9 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     plan.column_blocks = static_cast<int>(ceil_div(m, c.columns));
     if (plan.groups > kMostOfGrid || plan.column_blocks > kMostOfGrid) continue;
     for (plan.parts = 1; plan.parts <= std::min<int64_t>(kMostParts, units); ++plan.parts) {
+      // Parts are there to fill the GPU once; with more blocks than that they would only cost memory.
+      if (plan.parts > 1 && int64_t{plan.groups} * plan.column_blocks * plan.parts > gpu.multiprocessors)
+        break;
       const double time = time_of(c, plan, units, gpu.multiprocessors);
       if (best.config < 0 || time < least) best = plan, least = time;
     }

@@ -16,7 +16,9 @@ from flute_kernels.packed import PackedWeight
 __all__ = ["dequantize", "hadamard", "plain_qgemm", "qgemm", "weight_handle"]
 
 _CHUNK_BYTES = 64 << 20
-"""Bound of the workspace that a dequantized part of a weight takes."""
+"""Of a dequantized part of a weight, where that leaves it enough rows."""
+_CHUNK_ROWS = 2048
+"""Fewer rows of a part would not fill the GPU in torch's product."""
 _ALIGNMENT = 16
 
 
@@ -91,7 +93,7 @@ def _multiply_dequantized(
     if rows.dtype == torch.float32:
         _warn_of_float32()
     n, k = weight.out_features, weight.in_features
-    step = min(n, max(256, _CHUNK_BYTES // (k * rows.element_size()) // 256 * 256))
+    step = min(n, max(_CHUNK_ROWS, _CHUNK_BYTES // (k * rows.element_size()) // 256 * 256))
     part = torch.empty((step, k), dtype=rows.dtype, device=rows.device)
     for first in range(0, n, step):
         count = min(step, n - first)
