@@ -37,12 +37,13 @@ double time_of(const Config& c, const Plan& plan, int64_t units, int64_t multipr
 Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
   const int64_t tiles_per_table = layout::tiles_per_table(w), units = layout::units(w.k);
   const int columns = columns_for(m);
-  Plan best{-1};
+  Plan best;
   double least = 0;
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
     if (c.columns != columns || tiles(c) > tiles_per_table) continue;
-    Plan plan{i};
+    Plan plan;
+    plan.config = i;
     plan.groups_per_table = static_cast<int>(ceil_div(tiles_per_table, tiles(c)));
     plan.groups = static_cast<int>(plan.groups_per_table * w.table_count);
     plan.column_blocks = static_cast<int>(ceil_div(m, c.columns));
