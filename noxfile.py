@@ -185,13 +185,12 @@ def wheels(session: nox.Session) -> None:
             session.run("python", "-m", "build", "--wheel", "--outdir", "dist/pure", f"packages/{name}")
 
 
-@nox.session(venv_backend="none")
-def tests_gpu(session: nox.Session) -> None:
-    """The tests that need a GPU, on this machine's; ``-- --here`` with the python that runs nox.
+def gpu_python(session: nox.Session) -> tuple[str, dict[str, str]]:
+    """A python with flute-kernels built for the GPU at hand, and its environment.
 
-    A GPU machine may have a torch of its own, and no network: ``--here`` installs nothing. It wants torch,
-    nanobind, nanobind-backend, pytest, hypothesis and numpy with that python, CMake and Ninja, and puts
-    the compiled module beside the sources.
+    A GPU machine may have a torch of its own, and no network: with ``--here`` it is the python that runs nox,
+    and nothing is installed. It wants torch, nanobind, nanobind-backend, pytest, hypothesis and numpy, CMake
+    and Ninja, and the compiled module comes to lie beside the sources.
     """
     if not nvcc_release():
         session.error("There is no nvcc, which compiles the GPU kernels before they are tested")
@@ -214,10 +213,28 @@ def tests_gpu(session: nox.Session) -> None:
         session.run("cmake", "-S", kernels, "-B", build, "-G", "Ninja", *options, external=True)
         session.run("cmake", "--build", build, external=True)
         session.run("cmake", "--install", build, "--prefix", f"{kernels}/src", external=True)
+    return python, env
+
+
+@nox.session(venv_backend="none")
+def tests_gpu(session: nox.Session) -> None:
+    """The tests that need a GPU, on this machine's; ``-- --here`` with the python that runs nox."""
+    python, env = gpu_python(session)
     # Only the files that have such tests, so that kernels are tested where, say, Transformers is missing.
     files = [str(file) for file in ROOT.glob("packages/*/tests/*.py") if "mark.gpu" in file.read_text()]
     arguments = [argument for argument in session.posargs if argument != "--here"]
     session.run(python, "-m", "pytest", "-m", "gpu", *files, *arguments, env=env, external=True)
+
+
+@nox.session(venv_backend="none")
+def sanitize(session: nox.Session) -> None:
+    """Representative GPU tests under each tool of compute-sanitizer; ``-- --here`` as for tests_gpu."""
+    python, env = gpu_python(session)
+    env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor's bounds are then known
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
+        tests = ("packages/flute-kernels/tests/test_cuda.py", "-k", "representative")
+        session.run(*sanitizer, python, "-m", "pytest", "-q", *tests, env=env, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -81,6 +81,26 @@ def test_x_in_every_shape_and_stride(weight: LutWeight) -> None:
     assert weight.linear(whole[:0, :, :512]).shape == (0, 4, 192)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_representative_for_the_sanitizers(bits: int) -> None:
+    """Every kernel family once and small, since a sanitizer (nox -s sanitize) makes it slow."""
+    spec = QuantSpec(bits=bits, group_size=32 if bits == 3 else 64)
+    stored = linear_on_gpu(spec, 416, 448, tables=2)
+    weight = LutWeight.from_linear(stored)
+    assert same_bits(weight.to_linear().qweight, stored.qweight)
+    dense = weight.dequantize(torch.float32).double()
+    for m, dtype in ((1, torch.float16), (9, torch.bfloat16), (20, torch.float16), (50, torch.bfloat16)):
+        x = torch.randn(m, 448, device="cuda").to(dtype)
+        assert_near(weight.linear(x), x.double() @ dense.T)
+    for m in (90, 130):  # a part of K each for several blocks, on Hopper
+        x = torch.randn(m, 448, device="cuda", dtype=torch.float16)
+        assert_near(weight.linear(x), x.double() @ dense.T)
+    for block in (4, 64, 256, 1024, 4096):
+        x = torch.randn(3, 4096, device="cuda", dtype=torch.float16)
+        ref = x.double().view(3, -1, block) @ hadamard_matrix(block)
+        assert_near(ops.hadamard(x, None, block), ref.view(3, 4096))
+
+
 def test_infinities_and_nan_follow_ieee(weight: LutWeight) -> None:
     dense = weight.dequantize(torch.float32)
     x = torch.randn(3, 512, device="cuda", dtype=torch.float16)
