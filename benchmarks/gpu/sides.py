@@ -76,7 +76,7 @@ def flute_one_by_one(p: Problem) -> Side:
 def marlin(p: Problem) -> Side:
     """vLLM's int4 kernel for Ampere."""
     ops, uint4b8 = _vllm(p)
-    packed = ops.gptq_marlin_repack(_along_k(p.codes).contiguous(), p.k, p.n, 4, False)
+    packed = ops.gptq_marlin_repack(_along_k(p.codes), p.k, p.n, 4, False)
     order = [i + 8 * j for i in range(8) for j in range(8)]
     scales = p.scales.t().contiguous().reshape(-1, 64)[:, order].reshape(-1, p.n).contiguous()
     weights = list(zip(_clones(packed, p.copies()), _clones(scales, p.copies()), strict=True))
@@ -203,7 +203,7 @@ def _clones(tensor: Tensor, count: int) -> list[Tensor]:
 def _along_k(codes: Tensor) -> Tensor:
     """int32 ``[K/8, N]``: eight codes of a row in a word, the first one lowest, as GPTQ stores them."""
     nibbles = codes.t().reshape(codes.shape[1] // 8, 8, codes.shape[0]).to(torch.int32)
-    words = torch.zeros_like(nibbles[:, 0])
+    words = torch.zeros(len(nibbles), codes.shape[0], dtype=torch.int32, device=codes.device)
     for j in range(8):
         words |= nibbles[:, j] << (4 * j)
     return words

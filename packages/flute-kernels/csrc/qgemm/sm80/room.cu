@@ -3,8 +3,8 @@
 #include "core/cuda.h"
 #include "core/launch.h"
 #include "qgemm/common/layout.h"
-#include "qgemm/sm80/kernels.h"
 #include "qgemm/sm80/plan.h"
+#include "sm80_kernels.h"
 
 namespace flute::sm80 {
 
@@ -23,9 +23,6 @@ Status launch(const QgemmProblem& p) {
   const QWeight& w = p.weight;
   const Plan plan = make_plan(w, p.m, p.gpu);
   const Config& config = kConfigs[plan.config];
-  const int wide = w.scale_dtype == DType::bf16, fine = layout::scales_per_unit(w) - 1;
-  const void* kernel = kKernels[w.bits - 2][p.dtype == DType::bf16][plan.config].of[wide][fine];
-
   Params params{static_cast<const uint32_t*>(w.codes),
                 static_cast<const uint32_t*>(w.scales),
                 w.tables,
@@ -44,10 +41,10 @@ Status launch(const QgemmProblem& p) {
   void* arguments[] = {&params};
   const DeviceGuard guard(p.gpu.device);
   // Blocks that differ in x alone are neighbours: they share codes in the L2 cache. No index needs a division.
-  return flute::launch(
-      {kernel, static_cast<unsigned>(plan.column_blocks), static_cast<unsigned>(plan.blocks_per_table),
-       static_cast<unsigned>(w.table_count), config.warps_k * config.warps_n * 32, shared_bytes(config)},
-      arguments, p.gpu.device, p.stream);
+  return flute::launch({kernel_for(p, plan.config), static_cast<unsigned>(plan.column_blocks),
+                        static_cast<unsigned>(plan.blocks_per_table), static_cast<unsigned>(w.table_count),
+                        config.warps_k * config.warps_n * 32, shared_bytes(config)},
+                       arguments, p.gpu.device, p.stream);
 }
 
 }  // namespace flute::sm80

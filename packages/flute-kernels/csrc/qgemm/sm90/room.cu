@@ -6,8 +6,8 @@
 #include "core/launch.h"
 #include "qgemm/common/layout.h"
 #include "qgemm/sm90/image.cuh"
-#include "qgemm/sm90/kernels.h"
 #include "qgemm/sm90/plan.h"
+#include "sm90_kernels.h"
 
 namespace flute::sm90 {
 
@@ -29,7 +29,6 @@ Status launch(const QgemmProblem& p) {
   const QWeight& w = p.weight;
   const Plan plan = make_plan(w, p.m, p.gpu);
   const Config& config = kConfigs[plan.config];
-  const int wide = w.scale_dtype == DType::bf16, per_unit = layout::scales_per_unit(w);
   const int units = static_cast<int>(layout::units(w.k));
   char* const workspace = static_cast<char*>(p.workspace);
   char* const parts = workspace + plan.image_bytes;
@@ -63,11 +62,10 @@ Status launch(const QgemmProblem& p) {
        static_cast<unsigned>((image_threads + kImageThreads - 1) / kImageThreads), 1, 1, kImageThreads, 0},
       of_image, p.gpu.device, p.stream);
   if (!status.ok()) return status;
-  return flute::launch(
-      {kKernels[w.bits - 2][p.dtype == DType::bf16][plan.config].of[wide][per_unit - 1],
-       static_cast<unsigned>(plan.parts), static_cast<unsigned>(plan.column_blocks),
-       static_cast<unsigned>(plan.groups), threads(config), shared_bytes(Stage(w.bits, per_unit, config))},
-      arguments, p.gpu.device, p.stream);
+  return flute::launch({kernel_for(p, plan.config), static_cast<unsigned>(plan.parts),
+                        static_cast<unsigned>(plan.column_blocks), static_cast<unsigned>(plan.groups),
+                        threads(config), shared_bytes(Stage(w.bits, layout::scales_per_unit(w), config))},
+                       arguments, p.gpu.device, p.stream);
 }
 
 }  // namespace flute::sm90
