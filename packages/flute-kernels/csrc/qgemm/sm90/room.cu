@@ -13,7 +13,7 @@ namespace flute::sm90 {
 
 // Fewer rows of x leave most of the products' columns empty, and the sm80 room is faster; for more, dequantizing
 // the weight once is (docs/kernel-notes.md).
-constexpr int64_t kFewestRows = 17, kMostRows = 1024;
+constexpr int64_t kFewestRows = 17, kMostRows = 512;
 
 bool supports(const QgemmProblem& p) {
   return p.gpu.capability == 90 && p.dtype != DType::f32 && p.m >= kFewestRows && p.m <= kMostRows &&
