@@ -9,6 +9,9 @@ import torch
 
 __all__ = ["microseconds"]
 
+_WARM_UP = 5e3
+"""Microseconds of replays before the first that counts: a GPU that idled comes back to its clocks."""
+
 
 def microseconds(
     call: Callable[[int], object], copies: int, *, budget: float = 30e3, replays: int = 15
@@ -34,8 +37,9 @@ def microseconds(
     with torch.cuda.graph(graph):
         for i in range(calls):
             call(i % copies)
-    for _ in range(2):
-        graph.replay()
+    spent = 0.0
+    while spent < _WARM_UP:
+        spent += _elapsed(graph.replay)
     times: list[float] = []
     while len(times) < replays and (len(times) < 5 or sum(times) * calls < budget):
         times.append(_elapsed(graph.replay) / calls)

@@ -14,6 +14,26 @@ from .helpers import GROUP_SIZES, dense_weight
 
 
 @dataclass
+class Product:
+    """``x @ dense.T + bias``; ``dense`` is what ``weight`` stands for, in float64."""
+
+    weight: LutWeight
+    x: Tensor
+    bias: Tensor | None
+    dense: Tensor
+
+    def relative_error(self, out: Tensor) -> float:
+        """‖out - ref‖ / ‖ref‖, with the norm that ref would have on average if its terms had random signs
+        where that is more: one or two results may nearly cancel, and then the rounding of a single weight
+        weighs more than they do."""
+        x, bias = self.x.double(), None if self.bias is None else self.bias.double()
+        ref = torch.nn.functional.linear(x, self.dense, bias)
+        squares = torch.nn.functional.linear(x**2, self.dense**2, None if bias is None else bias**2)
+        size = max(torch.linalg.vector_norm(ref), squares.sum().sqrt())
+        return (torch.linalg.vector_norm(out.double() - ref) / size).item()
+
+
+@dataclass
 class Case:
     """One product, from ``seed`` alone. ``str(case)`` is what a failure report needs."""
 
@@ -40,8 +60,8 @@ class Case:
         self.bias_dtype = draw.choice((None, None, self.dtype, torch.float32))
         self.strided = draw.choice((0, 0, 0, 1, 2))
 
-    def make(self) -> tuple[LutWeight, Tensor, Tensor | None, Tensor]:
-        """The weight, x, the bias and ``x @ W_hat.T + bias`` in float64."""
+    def make(self) -> Product:
+        """The problem's tensors and answer."""
         generator = torch.Generator("cuda").manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -59,5 +79,4 @@ class Case:
         x = normal(self.m, k * (1 + self.strided)).to(self.dtype)
         x = x[:, self.strided : self.strided + k] if self.strided else x  # 2 or 4 bytes off, wider rows
         bias = None if self.bias_dtype is None else normal(n).to(self.bias_dtype)
-        ref = torch.nn.functional.linear(x.double(), dense, None if bias is None else bias.double())
-        return LutWeight.from_linear(stored), x, bias, ref
+        return Product(LutWeight.from_linear(stored), x, bias, dense)
