@@ -88,7 +88,7 @@ function(flute_add_cuda target)
   target_sources(${target} PRIVATE
     csrc/core/gpu.cu
     csrc/core/launch.cu
-    csrc/hadamard/cuda.cu
+    csrc/hadamard/cuda/rotate.cu
     csrc/qgemm/common/dequantize.cu
     csrc/qgemm/common/pack.cu
     csrc/qgemm/sm80/room.cu

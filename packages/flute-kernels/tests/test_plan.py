@@ -44,9 +44,11 @@ def test_one_row_of_x_takes_narrow_tiles() -> None:
 
 
 def test_common_shapes_fill_the_gpu_in_one_wave() -> None:
-    for n, k in ((4096, 4096), (6144, 4096), (4096, 14336), (8192, 28672), (57344, 8192)):
-        p = plan(n, k, 1)
-        assert 100 <= p["row_blocks"] <= 132, (n, k, p)
+    shapes = ((4096, 4096), (6144, 4096), (4096, 14336), (8192, 28672), (57344, 8192), (10240, 8192))
+    for n, k in shapes:
+        for m in (1, 8):
+            p = plan(n, k, m)
+            assert 100 <= p["row_blocks"] * p["column_blocks"] <= 132, (n, k, m, p)
 
 
 # --- sm90 -------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def test_hopper_every_row_and_column_has_a_block(n: int, k: int, m: int, multipr
     p = plan90(n, k, m, multiprocessors=multiprocessors)
     assert p["column_blocks"] * p["columns"] >= m
     assert p["groups"] * p["rows"] >= n
-    assert 1 <= p["parts"] <= -(-k // 64)
+    assert 1 <= p["parts"] <= -(-k // 128)
 
 
 @given(tables=st.integers(1, 12), tiles=st.integers(1, 64))
@@ -82,8 +84,8 @@ def test_hopper_groups_stay_within_their_table(tables: int, tiles: int) -> None:
 
 
 def test_hopper_columns_are_the_narrowest_that_hold_x() -> None:
-    assert [plan90(4096, 4096, m)["columns"] for m in (1, 32, 33, 64, 65, 128, 129, 1000)] == [
-        *(32, 32, 64, 64, 128, 128, 128, 128)
+    assert [plan90(4096, 4096, m)["columns"] for m in (1, 17, 32, 33, 50, 65, 97, 128)] == [
+        *(32, 32, 32, 48, 64, 96, 128, 128)
     ]
 
 
@@ -94,9 +96,16 @@ def test_hopper_small_weights_are_cut_along_k_to_fill_the_gpu() -> None:
             assert 88 <= p["groups"] * p["column_blocks"] * p["parts"] <= 132, (n, k, m, p)
 
 
+def test_hopper_parts_meet_in_clusters_that_run_at_once() -> None:
+    p = plan90(4096, 4096, 64)
+    assert (p["parts"], p["cluster"]) == (3, True)
+    p = plan90(4096, 14336, 32)  # 32 clusters of four would not fit: four parts meet in memory
+    assert (p["parts"], p["cluster"]) == (4, False)
+
+
 def test_hopper_workspace_beside_the_image_of_x_stays_small() -> None:
     for n, k in ((4096, 4096), (28672, 4096), (57344, 8192), (8192, 28672)):
         for m in (17, 64, 128, 1024):
             p = plan90(n, k, m)
-            image = p["column_blocks"] * p["columns"] * k * 2
+            image = p["column_blocks"] * p["columns"] * -(-k // 128) * 256
             assert p["workspace_bytes"] - image <= 9 << 20, (n, k, m, p)

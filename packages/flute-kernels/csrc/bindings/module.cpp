@@ -18,7 +18,7 @@
 #include "core/gpu.h"
 #include "core/launch.h"
 #include "cpu_isa/isa.h"
-#include "hadamard/cuda.h"
+#include "hadamard/cuda/rotate.h"
 #include "hadamard/hadamard.h"
 #include "qgemm/common/cuda_weight.h"
 #include "qgemm/room.h"
@@ -230,6 +230,7 @@ nb::dict plan_sm90(int64_t n, int64_t k, int bits, int64_t group, int64_t tables
   out["groups"] = plan.groups;
   out["column_blocks"] = plan.column_blocks;
   out["parts"] = plan.parts;
+  out["cluster"] = plan.cluster;
   out["workspace_bytes"] = plan.image_bytes + plan.parts_bytes + plan.arrived_bytes;
   return out;
 }

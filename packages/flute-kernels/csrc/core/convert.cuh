@@ -49,22 +49,25 @@ __device__ __forceinline__ float2 two_floats<__nv_bfloat16>(uint32_t bits) {
   return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
 }
 
-// Eight floats as T, in one or two 16-byte stores. Written as an instruction, since the compiler may split a
-// store through a pointer into four. `to` is aligned to 16 bytes.
+// One 16-byte store, written as an instruction, since the compiler may split a store through a pointer into four.
+__device__ __forceinline__ void store_16_bytes(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+__device__ __forceinline__ void store_four(float* to, const float (&v)[4]) {
+  store_16_bytes(to, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                 __float_as_uint(v[3]));
+}
+
+// Eight floats as T, in one or two 16-byte stores. `to` is aligned to 16 bytes.
 template <class T>
 __device__ __forceinline__ void store_eight(T* to, const float (&v)[8]) {
-  const auto store = [](void* at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
-  };
   if constexpr (sizeof(T) == 2) {
-    store(to, pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]),
-          pack_two<T>(v[6], v[7]));
+    store_16_bytes(to, pack_two<T>(v[0], v[1]), pack_two<T>(v[2], v[3]), pack_two<T>(v[4], v[5]),
+                   pack_two<T>(v[6], v[7]));
   } else {
-#pragma unroll
-    for (int i = 0; i < 8; i += 4)
-      store(to + i, __float_as_uint(v[i]), __float_as_uint(v[i + 1]), __float_as_uint(v[i + 2]),
-            __float_as_uint(v[i + 3]));
+    store_four(to, {v[0], v[1], v[2], v[3]});
+    store_four(to + 4, {v[4], v[5], v[6], v[7]});
   }
 }
 

@@ -47,16 +47,25 @@ Status launch(const Launch& launch, void** arguments, int device, void* stream) 
   bool early = false;
   if (Status status = kernels.prepare(launch.kernel, device, launch.shared_bytes, &early); !status.ok())
     return status;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (early && launch_early()) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (launch.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = launch.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(launch.blocks_x, launch.blocks_y, launch.blocks_z);
   config.blockDim = dim3(launch.threads);
   config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = early && launch_early() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cuda_status(cudaLaunchKernelExC(&config, launch.kernel, arguments), "launching a kernel");
 }
 

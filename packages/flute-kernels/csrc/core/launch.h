@@ -17,6 +17,7 @@ struct Launch {
   const void* kernel;
   unsigned blocks_x, blocks_y, blocks_z;
   int threads, shared_bytes;
+  unsigned cluster = 1;  // blocks along x that run at the same time and see each other's shared memory
 };
 
 // Launches on the current device, which is `device`. Early only where the kernel's code waits for its

@@ -1,6 +1,6 @@
 // What a build without CUDA links in place of the GPU's half: rooms that support nothing, calls that refuse.
 #include "core/gpu.h"
-#include "hadamard/cuda.h"
+#include "hadamard/cuda/rotate.h"
 #include "qgemm/common/cuda_weight.h"
 #include "qgemm/sm80/room.h"
 

@@ -42,6 +42,23 @@ struct Unit {
   }
 };
 
+// Stores eight floats of each of two neighbouring lanes, whose 64 bytes are neighbours, in two stores of both: first
+// the even lane's, then the odd one's. A store of each lane's own first half would fill half of each 32-byte
+// sector.
+__device__ __forceinline__ void store_with_neighbour(float* to, const float (&v)[8], int lane, bool inside) {
+  const bool odd = lane & 1;
+  float first[4], second[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float own = odd ? v[4 + i] : v[i], others = __shfl_xor_sync(~0u, odd ? v[i] : v[4 + i], 1);
+    first[i] = odd ? others : own, second[i] = odd ? own : others;
+  }
+  if (!inside) return;
+  to -= odd ? 4 : 0;
+  store_four(to, first);
+  store_four(to + 8, second);
+}
+
 // A block takes 16 rows by 1024 of K, a unit a warp and then one more, whose codes are then under way.
 // Blocks that run at the same time are neighbours along K: with a whole row of tiles a block, the GPU would
 // write to thousands of places at once, and its memory would take a third of the bytes (measured). A row's
@@ -69,12 +86,10 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const Args a) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int64_t k = unit * kUnit + 32 * h + 8 * t;
-      if (k >= a.k) continue;
       const uint32_t both = now.scales[kScales == 2 ? h : 0];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int64_t row = blockIdx.y * int64_t{kTile} + g + 8 * r;
-        if (row >= a.rows) continue;
         const float s = scale_to_float(r ? both >> 16 : both, a.scale_bf16);
         float v[8];
 #pragma unroll
@@ -82,7 +97,13 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const Args a) {
           const float2 pair = table[pair_number(kBits, now.words, h, r, i)][lane % kCopies];
           v[2 * i] = s * pair.x, v[2 * i + 1] = s * pair.y;
         }
-        store_eight(static_cast<T*>(a.out) + row * a.k + k, v);
+        T* const to = static_cast<T*>(a.out) + row * a.k + k;
+        const bool inside = k < a.k && row < a.rows;
+        if constexpr (sizeof(T) == 4) {
+          store_with_neighbour(to, v, t, inside);
+        } else if (inside) {
+          store_eight(to, v);
+        }
       }
     }
   }

@@ -40,8 +40,10 @@ constexpr int kTableBytes = 256 * 256;  // in shared memory: lookup.cuh
 
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 inline int64_t units(int64_t k) { return (k + kUnit - 1) / kUnit; }
-// Scales of a unit.
-inline int scales_per_unit(const QWeight& w) { return w.group == 32 && w.k > 32 ? 2 : 1; }
+// The group size as kernels know it: where all of K is one group, a line of scales never ends.
+inline int64_t group_size(const QWeight& w) { return w.group == w.k ? INT64_MAX : w.group; }
+FLUTE_BOTH constexpr int scales_per_unit(int64_t group_size) { return group_size == 32 ? 2 : 1; }
+inline int scales_per_unit(const QWeight& w) { return scales_per_unit(group_size(w)); }
 // log2 of the units that share a line of scales; a group of all of K has one line, whatever K is.
 inline int group_shift(const QWeight& w) {
   if (w.group == w.k) return 31;

@@ -19,12 +19,12 @@ namespace flute {
 // All of a block's dynamic shared memory; the table is first.
 extern __shared__ __align__(1024) unsigned char shared[];
 
-// i * 256 + offset, for a byte i of a word and an offset below 256: byte 0 of the offset, the byte of the word, and
-// twice byte 1 of the offset, which is zero. PTX ISA 9.0, 9.7.8.7, prmt.
+// i * 256 + offset, for a byte i of a word and an offset whose byte 1 is zero: there goes the byte of the word. PTX
+// ISA 9.0, 9.7.8.7, prmt.
 template <int kByte>
 __device__ __forceinline__ uint32_t table_address(uint32_t word, uint32_t offset) {
   uint32_t address;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(offset), "n"(0x5504 | kByte << 4));
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(offset), "n"(0x7604 | kByte << 4));
   return address;
 }
 
@@ -58,13 +58,13 @@ struct Table {
 
 // Table entries by their offset in the table. The table's address should be the constant of the load
 // instruction: else the compiler adds it to every offset, one more instruction a lookup. Machine code for
-// 8.x does that by itself. From 9.0 on, an address in shared memory also names the block of a cluster, so
-// there the constant is written: dynamic shared memory begins behind 1 KB that the system keeps. The kernel
-// checks it.
+// 8.x does that by itself. From 9.0 on, an address in shared memory also names the block of a cluster, in its top
+// byte. So there the constant is written: dynamic shared memory begins behind 1 KB that the system keeps. The
+// kernel checks it, and one that runs in clusters has the top byte in its offsets.
 #if __CUDA_ARCH__ >= 900
 constexpr int kTableAddress = 1024;
 __device__ __forceinline__ bool table_is_elsewhere() {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared)) != kTableAddress;
+  return (static_cast<uint32_t>(__cvta_generic_to_shared(shared)) & 0xffffff) != kTableAddress;
 }
 __device__ __forceinline__ uint32_t table_base() { return 0; }
 #else

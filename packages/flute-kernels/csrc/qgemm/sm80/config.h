@@ -25,6 +25,10 @@ constexpr Config kConfigs[] = {
 };
 constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
+// Group sizes that have kernels of their own; the last one's serve all above.
+constexpr int kGroups[] = {32, 64};
+constexpr int kGroupCount = 2;
+
 constexpr int shared_bytes(const Config& c) {
   const int partial = c.warps_k * c.warps_n * c.tiles * (c.columns / 8) * 32 * 16;
   return partial > layout::kTableBytes ? partial : layout::kTableBytes;

@@ -24,22 +24,23 @@
 
 #include "core/convert.cuh"
 #include "core/early.cuh"
+#include "core/mma.cuh"
 #include "qgemm/common/layout.h"
 #include "qgemm/common/loads.cuh"
 #include "qgemm/common/lookup.cuh"
 #include "qgemm/sm80/config.h"
-#include "qgemm/sm80/ptx.cuh"
 
 namespace flute::sm80 {
 
-// kScales: scales of a unit, 1 or (groups of 32) 2. S: their type.
-template <int kBits, class T, class S, int kScales, int kColumns, int kTiles, int kWarpsK, int kWarpsN,
+// kGroup: of scales, 32, or 64 for all above. S: the scales' type.
+template <int kBits, class T, class S, int kGroup, int kColumns, int kTiles, int kWarpsK, int kWarpsN,
           int kDepth, int kResident>
 __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     kernel(const __grid_constant__ Params p) {
   constexpr int kThreads = kWarpsK * kWarpsN * 32;
   constexpr int kFragments = kColumns / 8;
   constexpr int kUnitWords = 32 * kBits;
+  constexpr int kScales = layout::scales_per_unit(kGroup);  // of a unit
   launch_dependents();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;

@@ -18,6 +18,9 @@ double use_of_pipe(const Config& c, int64_t warps) {
   return warps >= 16 ? 0.85 : warps >= 12 ? 0.75 : warps >= 8 ? 0.6 : 0.35;
 }
 
+// Clocks from a block's first load to its first product: another block that begins then does not hide them all.
+constexpr double kStart = 2000;
+
 // Clocks that the busiest multiprocessor is at work: wavefronts of its shared-memory pipe (kernel.cuh
 // counts them) over the part of the pipe that its warps can use.
 double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, const Gpu& gpu) {
@@ -34,7 +37,8 @@ double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, co
   const int64_t warps = std::min<int64_t>(on_busiest, resident) * c.warps_k * c.warps_n;
   // Warps that have a unit fewer wait for the others.
   const double uneven = ceil_div(layout::units(w.k), c.warps_k) * c.warps_k / units;
-  return on_busiest * (main * uneven + ends) / use_of_pipe(c, warps);
+  const double turns = static_cast<double>(on_busiest) / std::min<int64_t>(on_busiest, resident);
+  return turns * kStart + on_busiest * (main * uneven + ends) / use_of_pipe(c, warps);
 }
 
 }  // namespace
@@ -46,7 +50,7 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
     if (c.tiles > tiles_per_table) continue;
-    if (c.columns > 8 && m <= 8) continue;
+    if ((c.columns > 8) != (m > 8)) continue;
     if (ceil_div(tiles_per_table, c.tiles * c.warps_n) > kMostBlocks) continue;
     Plan plan;
     plan.config = i;

@@ -14,10 +14,11 @@
 // sums of a scale, times the scale) to its totals, and starts the next four products of 16 along K. So lookups
 // run while products run, and warpgroups fill each other's pauses.
 //
-// At the end, blocks that share a group write their sums to memory, and the one that comes last adds them up, in
-// the order of the parts of K, whoever it is.
+// At the end, blocks that share a group add up their parts of K, in the order of the parts. Where they run at the
+// same time, as a cluster, each adds up a share of the rows, which it reads from the others' shared memory. Else they
+// write their sums to memory, and the block that comes last adds them up.
 //
-// What bounds it. At 32 columns, instructions: a warp spends about 80 on its 16 x 64 weights, of which 36 look up
+// What bounds it. At 32 columns, instructions: a warp spends about 60 on its 16 x 64 weights, of which 36 look up
 // and multiply. At 64 and more, the shared-memory pipe, of which a 16 x 64 tile at 4 bits takes 16 wavefronts for
 // lookups, 4 for codes and kColumns / 4 for what the products read of x. The products themselves take
 // kColumns / 2 clocks for 64 x 16 weights, but at least 13.
@@ -38,28 +39,29 @@ namespace flute::sm90 {
 template <int... kNumbers>
 constexpr int kThreadsOf = threads(Config{kNumbers...});
 
-// kScales: scales of a unit, 1 or (groups of 32) 2. S: their type.
-template <int kBits, class T, class S, int kScales, int kColumns, int kWarpgroups, int kSlabs>
+// kGroup: of scales, 32, 64, or 128 for all above. S: the scales' type.
+template <int kBits, class T, class S, int kGroup, int kColumns, int kWarpgroups, int kSlabs>
 __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs>, 1)
     kernel(const __grid_constant__ Params p) {
   constexpr Config kConfig{kColumns, kWarpgroups, kSlabs};
-  constexpr Stage kStage(kBits, kScales, kConfig);
+  constexpr Stage kStage(kBits, kGroup, kConfig);
   constexpr int kThreads = kWarpgroups * 128, kFragments = kColumns / 8;
-  constexpr int kSteps = kScales, kHalves = 2 / kScales;  // a step: the products of one scale of a unit
-  constexpr int kUnrolled = kSlabs * kSteps % 2 ? 2 : 1;  // steps use two sets of A fragments in turn
+  static_assert(kSlabs * kFragments * kThreads * 16 <= stages(kStage) * kStage.bytes());
+  constexpr int kSteps = layout::scales_per_unit(kGroup);  // of a slab's unit: the products of one scale
+  constexpr int kHalves = 2 / kSteps;
   launch_dependents();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   Ring<kStage.bytes(), stages(kStage)> ring(base + layout::kTableBytes);
   if (threadIdx.x == 0) ring.init(kWarpgroups * 4);
-  const Share mine(p.units);
+  const Share mine(stages_of(p.units));
   const Group group(p, blockIdx.z, tiles(kConfig));
   __syncthreads();
   if (warp >= kWarpgroups * 4) {
     if constexpr (shares_registers(kConfig)) leave_registers<24>();
     if (warp == kWarpgroups * 4 && is_elected())
-      fill<kBits, kScales, stages(kStage)>(ring, p, kStage, group.tile, blockIdx.y, mine.first, mine.count);
+      fill<kBits, kGroup, stages(kStage)>(ring, p, kStage, group.tile, blockIdx.y, mine.first, mine.count);
     return;
   }
   if constexpr (shares_registers(kConfig)) {
@@ -76,16 +78,15 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs>, 1)
   }
 
   const int warp_tile = warp / 4 * (4 * kSlabs) + warp % 4;  // of the first slab
-  const uint32_t bank = kept(kBits == 2 ? lane % 16 * 8 : lane * 4);
-  const int units_per_scale = static_cast<int>(kept(p.group_shift >= 31 ? 0x7fffffff : 1 << p.group_shift));
+  const uint32_t bank = kept((base & 0xff000000) + (kBits == 2 ? lane % 16 * 8 : lane * 4));
   const uint32_t leader = kept(lane == 0);
   const uint32_t codes_at = kept(kStage.x + warp_tile * (128 * kBits) + lane * (kBits == 4 ? 16 : 8));
-  const uint32_t scales_at = kept(kStage.x + kStage.codes + (warp_tile * 8 + lane / 4) * (4 * kScales));
+  const uint32_t scales_at = kept(kStage.x + kStage.codes() + (warp_tile * 8 + lane / 4) * (4 * kSteps));
   uint32_t words[kSlabs][4];
-  const auto load_words = [&] {
+  const auto load_words = [&](int u) {
 #pragma unroll
     for (int r = 0; r < kSlabs; ++r) {
-      const uint32_t at = ring.data() + codes_at + r * (4 * 128 * kBits);
+      const uint32_t at = ring.data() + codes_at + u * kStage.unit_codes + r * (4 * 128 * kBits);
       if constexpr (kBits == 4) {
         load_shared(words[r], at);
       } else {
@@ -97,14 +98,8 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs>, 1)
 
   float sum[kSlabs][kFragments][4] = {}, part[kSlabs][kFragments][4];
   uint32_t a[2][kHalves][2][4];
-  uint32_t scale[2] = {};      // of the products that run, and of the next
-  bool fresh = true;           // the next products of a slab begin the sums of a scale
-  bool ends = false;           // the products that run end them
-  uint32_t running_empty = 0;  // barrier of the stage whose products run
-  const auto finish = [&](int r) {
-    products_wait();
-    hold(part[r]);
-    if (!ends) return;
+  uint32_t scale[2] = {};  // of the products that run, and of the next
+  const auto add = [&](int r) {
     const float2 s = two_floats<S>(scale[0]);
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
@@ -114,42 +109,52 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs>, 1)
     hold(sum[r]);
   };
 
-  int until_scale = units_per_scale - mine.first % units_per_scale;  // units
+  // Sums of groups of 128 and more begin and end with stages, every one or every few of them.
+  const int stages_per_scale =
+      static_cast<int>(kept(p.group_shift >= 31 ? 0x7fffffff : 1 << p.group_shift)) / kStageUnits;
+  int until_scale = kGroup < 128 ? 1 : stages_per_scale - mine.first % stages_per_scale;
+  bool fresh = true;           // this stage's products begin sums
+  bool ended = false;          // those of the stage before ended them
+  uint32_t running_empty = 0;  // barrier of the stage before, whose last products run
   int left = mine.count;
   ring.wait_full();
-  load_words();
+  load_words(0);
   while (left > 0) {
+    --left, --until_scale;
+    const uint32_t data = ring.data(), empty = ring.empty();
+    const uint64_t x = descriptor(data);
+    const bool ends = kGroup < 128 || until_scale == 0 || left == 0;
 #pragma unroll
-    for (int u = 0; u < kUnrolled; ++u) {
-      if (u > 0 && left == 0) {
-        products_wait();  // on every way out of the pipeline, or the compiler makes it none
-        break;
-      }
-      --left, --until_scale;
-      const uint32_t data = ring.data(), empty = ring.empty();
-      const uint64_t x = descriptor(data);
-      const bool unit_ends = kScales == 2 || until_scale == 0 || left == 0;
+    for (int u = 0; u < kStageUnits; ++u) {
 #pragma unroll
       for (int r = 0; r < kSlabs; ++r) {
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
+          const bool last_of_unit = r + 1 == kSlabs && s + 1 == kSteps;
           uint32_t (&now)[kHalves][2][4] = a[((u * kSlabs + r) * kSteps + s) % 2];
           if (kBits == 3 && s == 0) words[r][3] = fourth_word(words[r]);
 #pragma unroll
           for (int h = 0; h < kHalves; ++h) look_up<kBits>(now[h], words[r], s * kHalves + h, bank);
-          if (unit_ends) load_shared(scale[1], data + scales_at + r * (4 * 32 * kScales) + 4 * s);
-          if (r + 1 == kSlabs && s + 1 == kSteps && left > 0) {
+          const uint32_t line = kGroup < 128 ? u * kStage.scale_line : 0;
+          if (kGroup < 128 || (u + 1 == kStageUnits && ends))
+            load_shared(scale[1], data + scales_at + line + r * (4 * 32 * kSteps) + 4 * s);
+          if (last_of_unit && u + 1 < kStageUnits) load_words(u + 1);
+          if (last_of_unit && u + 1 == kStageUnits && left > 0) {
             ring.advance();
             ring.wait_full();
-            load_words();
+            load_words(0);
           }
-          if (r == 0 && s == 0) {
-            finish(kSlabs - 1);
+          // The products before these: of which slab, and whether they are the last of their sums.
+          const bool first_of_unit = r == 0 && s == 0;
+          const int before = s > 0 ? r : r > 0 ? r - 1 : kSlabs - 1;
+          products_wait();
+          hold(part[before]);
+          if (first_of_unit && u == 0) {
+            if (ended) add(before);
             if (leader && running_empty != 0) barrier_arrive(running_empty);
-          } else {
-            finish(s > 0 ? r : r - 1);
+          } else if (kGroup < 128 || (!first_of_unit && u + 1 == kStageUnits)) {
+            if (ends) add(before);
           }
-          ends = unit_ends;
           scale[0] = scale[1];
           hold(part[r]);
           products_begin();
@@ -157,66 +162,39 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs>, 1)
           for (int h = 0; h < kHalves; ++h) {
 #pragma unroll
             for (int q = 0; q < 2; ++q) {
-              const bool begins = h == 0 && q == 0 && (kScales == 2 || fresh);
-              Product<T, kColumns>::run(part[r], now[h][q], x + 2 * (2 * (s * kHalves + h) + q), !begins);
+              const bool begins = h == 0 && q == 0 && (kGroup < 128 || (u == 0 && fresh));
+              Product<T, kColumns>::run(part[r], now[h][q],
+                                        x + u * (kColumns * 128 / 16) + 2 * (2 * (s * kHalves + h) + q),
+                                        !begins);
             }
           }
           products_end();
         }
       }
-      fresh = unit_ends;
-      if (until_scale == 0) until_scale = units_per_scale;
-      running_empty = empty;
     }
+    fresh = ended = ends;
+    if (until_scale == 0) until_scale = stages_per_scale;
+    running_empty = empty;
   }
-  finish(kSlabs - 1);
+  products_wait();
+  hold(part[kSlabs - 1]);
+  add(kSlabs - 1);
 
   wait_for_predecessor();
-  const int row = (group.tile + warp_tile) * layout::kTile + lane / 4,
-            column = blockIdx.y * kColumns + 2 * (lane % 4);
+  const Place place{(group.tile + warp_tile) * layout::kTile + lane / 4, group.first_row,
+                    static_cast<int>(blockIdx.y) * kColumns + 2 * (lane % 4)};
   if (mine.parts > 1) {
-    float4* const parts = static_cast<float4*>(p.parts) +
-                          mine.set * mine.parts * int64_t{kSlabs * kFragments * kThreads} + threadIdx.x;
-    const auto place = [&](int part, int fragment) {
-      return parts + (part * (kSlabs * kFragments) + fragment) * kThreads;
-    };
-#pragma unroll
-    for (int r = 0; r < kSlabs; ++r) {
-#pragma unroll
-      for (int j = 0; j < kFragments; ++j)
-        *place(mine.part, r * kFragments + j) =
-            make_float4(sum[r][j][0], sum[r][j][1], sum[r][j][2], sum[r][j][3]);
+    all_lookers();  // have read the last stage and looked up the last weight
+    if (p.parts == nullptr) {
+      join_in_cluster<T, kThreads>(p, sum, mine, place, base + layout::kTableBytes + kBarrierBytes);
+      return;
     }
-    all_lookers();  // have written, and have looked up: the table makes room for a word
-    if (threadIdx.x == 0) {
-      __threadfence();
-      *reinterpret_cast<int*>(shared) = atomicAdd(p.arrived + mine.set, 1);
-      __threadfence();
-    }
-    all_lookers();
-    if (*reinterpret_cast<const int*>(shared) + 1 < mine.parts) return;
-#pragma unroll
-    for (int f = 0; f < kSlabs * kFragments; ++f) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sum[f / kFragments][f % kFragments][c] = 0.f;
-    }
-#pragma unroll 2
-    for (int i = 0; i < mine.parts; ++i) {
-      float4 v[kSlabs * kFragments];
-#pragma unroll
-      for (int f = 0; f < kSlabs * kFragments; ++f) v[f] = __ldcg(place(i, f));
-#pragma unroll
-      for (int f = 0; f < kSlabs * kFragments; ++f) {
-        float (&total)[4] = sum[f / kFragments][f % kFragments];
-        total[0] += v[f].x, total[1] += v[f].y, total[2] += v[f].z, total[3] += v[f].w;
-      }
-    }
+    if (!join_in_memory<kThreads>(p, sum, mine, all_lookers)) return;
   }
 #pragma unroll
   for (int r = 0; r < kSlabs; ++r) {
 #pragma unroll
-    for (int j = 0; j < kFragments; ++j)
-      write_out<T>(p, sum[r][j], column + 8 * j, row + 64 * r, group.first_row);
+    for (int j = 0; j < kFragments; ++j) write_out<T>(p, sum[r][j], place, r, j);
   }
 }
 

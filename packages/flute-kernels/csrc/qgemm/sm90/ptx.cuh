@@ -57,6 +57,27 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t at) {
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(at));
 }
+__device__ __forceinline__ void store_shared(uint32_t at, const float (&v)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+               "f"(v[3])
+               : "memory");
+}
+
+// Blocks of a cluster wait for each other (9.7.13.4, barrier.cluster; threads that have ended count as arrived), and
+// read each other's shared memory (9.7.9.24, mapa).
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+__device__ __forceinline__ void load_of_block(float (&v)[4], uint32_t at, int block) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(there)
+               : "memory");
+}
+
 // What this thread may see of writes to memory, its copies see from here on (9.7.13.4, fence.proxy).
 __device__ __forceinline__ void copies_see_writes() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
@@ -111,11 +132,16 @@ struct Product;
 #define FLUTE_D2(i) FLUTE_D(i), FLUTE_D(i + 1)
 #define FLUTE_D4(i) FLUTE_D2(i), FLUTE_D2(i + 2)
 #define FLUTE_D8(i) FLUTE_D4(i), FLUTE_D4(i + 4)
-#define FLUTE_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FLUTE_R4 "%0, %1, %2, %3"
+#define FLUTE_R8 FLUTE_R4 ", %4, %5, %6, %7"
 #define FLUTE_R16 FLUTE_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FLUTE_R24 FLUTE_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define FLUTE_R32 \
   FLUTE_R16       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FLUTE_R48 \
+  FLUTE_R32       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define FLUTE_R64                                                                                     \
   FLUTE_R32                                                                                           \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
@@ -137,16 +163,23 @@ struct Product;
 #define FLUTE_PRODUCTS(COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, ...)                 \
   FLUTE_PRODUCT(__half, "f16", COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, __VA_ARGS__) \
   FLUTE_PRODUCT(__nv_bfloat16, "bf16", COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, __VA_ARGS__)
+FLUTE_PRODUCTS(8, FLUTE_R4, "%4, %5, %6, %7", "%8", "%9", FLUTE_D(0))
+FLUTE_PRODUCTS(16, FLUTE_R8, "%8, %9, %10, %11", "%12", "%13", FLUTE_D2(0))
 FLUTE_PRODUCTS(32, FLUTE_R16, "%16, %17, %18, %19", "%20", "%21", FLUTE_D4(0))
+FLUTE_PRODUCTS(48, FLUTE_R24, "%24, %25, %26, %27", "%28", "%29", FLUTE_D2(0), FLUTE_D4(2))
 FLUTE_PRODUCTS(64, FLUTE_R32, "%32, %33, %34, %35", "%36", "%37", FLUTE_D8(0))
+FLUTE_PRODUCTS(96, FLUTE_R48, "%48, %49, %50, %51", "%52", "%53", FLUTE_D8(0), FLUTE_D4(8))
 FLUTE_PRODUCTS(128, FLUTE_R64, "%64, %65, %66, %67", "%68", "%69", FLUTE_D8(0), FLUTE_D8(8))
 #undef FLUTE_D
 #undef FLUTE_D2
 #undef FLUTE_D4
 #undef FLUTE_D8
+#undef FLUTE_R4
 #undef FLUTE_R8
 #undef FLUTE_R16
+#undef FLUTE_R24
 #undef FLUTE_R32
+#undef FLUTE_R48
 #undef FLUTE_R64
 #undef FLUTE_PRODUCT
 #undef FLUTE_PRODUCTS

@@ -41,36 +41,45 @@ class Ring {
   int parity_ = 0;
 };
 
-// By one thread: units first ... first + count - 1 of a block's tiles and columns. Codes and scales of the stages
-// that are free at the beginning do not wait for the kernel before, whose work the image is.
-template <int kBits, int kScales, int kStages, class Ring>
+// By one thread: stages first ... first + count - 1 of a block's tiles and columns. Codes and scales of those that
+// find room at the beginning do not wait for the kernel before, whose work the image is. Where K ends inside a
+// stage, the image has zeros, and the last unit's codes come twice.
+template <int kBits, int kGroup, int kStages, class Ring>
 __device__ __forceinline__ void fill(Ring ring, const Params& p, const Stage stage, int tile,
                                      int column_block, int first, int count) {
-  const int64_t unit_bytes = int64_t{p.tiles} * (128 * kBits), line_bytes = int64_t{p.tiles} * (32 * kScales);
-  const char* codes =
-      reinterpret_cast<const char*>(p.codes) + first * unit_bytes + int64_t{tile} * (128 * kBits);
-  const char* scales = reinterpret_cast<const char*>(p.scales) + int64_t{tile} * (32 * kScales);
-  const char* x = static_cast<const char*>(p.image) + (int64_t{column_block} * p.units + first) * stage.x;
-  const auto copy_weights = [&](int i) {
+  const char* const codes = reinterpret_cast<const char*>(p.codes) + int64_t{tile} * (128 * kBits);
+  const char* const scales =
+      reinterpret_cast<const char*>(p.scales) + int64_t{tile} * (32 * layout::scales_per_unit(kGroup));
+  const int64_t unit_bytes = int64_t{p.tiles} * (128 * kBits);
+  const int64_t line_bytes = int64_t{p.tiles} * (32 * layout::scales_per_unit(kGroup));
+  const char* x =
+      static_cast<const char*>(p.image) + (int64_t{column_block} * stages_of(p.units) + first) * stage.x;
+  int unit = first * kStageUnits;
+  const auto copy_weights = [&](const Ring& ring) {
     barrier_expect(ring.full(), stage.used());
-    copy(ring.data() + stage.x, codes, stage.codes, ring.full());
-    copy(ring.data() + stage.x + stage.codes, scales + ((first + i) >> p.group_shift) * line_bytes,
-         stage.scales, ring.full());
-    codes += unit_bytes;
+    uint32_t to = ring.data() + stage.x;
+#pragma unroll
+    for (int u = 0; u < kStageUnits; ++u, to += stage.unit_codes)
+      copy(to, codes + min(unit + u, p.units - 1) * unit_bytes, stage.unit_codes, ring.full());
+#pragma unroll
+    for (int u = 0; u < scale_lines(kGroup); ++u, to += stage.scale_line)
+      copy(to, scales + (min(unit + u, p.units - 1) >> p.group_shift) * line_bytes, stage.scale_line,
+           ring.full());
+    unit += kStageUnits;
   };
-  const auto copy_x = [&](Ring& ring) {
+  const auto copy_x = [&](const Ring& ring) {
     copy(ring.data(), x, stage.x, ring.full());
     x += stage.x;
   };
   Ring ring_of_x = ring;
   const int free = min(count, kStages);
-  for (int i = 0; i < free; ++i, ring.advance()) copy_weights(i);
+  for (int i = 0; i < free; ++i, ring.advance()) copy_weights(ring);
   wait_for_predecessor();
   copies_see_writes();
   for (int i = 0; i < free; ++i, ring_of_x.advance()) copy_x(ring_of_x);
   for (int i = free; i < count; ++i, ring.advance()) {
     ring.wait_empty();
-    copy_weights(i);
+    copy_weights(ring);
     copy_x(ring);
   }
 }

@@ -1,4 +1,4 @@
-// The product that C++ has no word for. The section is of the PTX ISA manual, version 9.0.
+// A warp's product on the tensor cores.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -6,9 +6,11 @@
 
 #include <cstdint>
 
-namespace flute::sm80 {
+namespace flute {
 
-// c += a * b, m16n8k16, accumulated in float. 9.7.14.5.8.
+// c += a * b, m16n8k16, accumulated in float (PTX ISA 9.0, 9.7.14.5.8). Lane 4g + t has rows g and g + 8 of a, at
+// columns 2t, 2t + 1 (a[0], a[1]) and 2t + 8, 2t + 9 (a[2], a[3]); rows 2t, 2t + 1 (b0) and 2t + 8, 2t + 9 (b1) of
+// column g of b; and of c rows g (c[0], c[1]) and g + 8 (c[2], c[3]) at columns 2t and 2t + 1.
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
@@ -29,4 +31,4 @@ __device__ __forceinline__ void mma<__nv_bfloat16>(float (&c)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-}  // namespace flute::sm80
+}  // namespace flute
