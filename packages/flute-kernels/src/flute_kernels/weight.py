@@ -95,6 +95,11 @@ class LutWeight:
         return LutWeight.from_linear, (self.to_linear(),)
 
     @property
+    def packed(self) -> PackedWeight:
+        """What :func:`flute_kernels.ops.qgemm` takes of the weight, its rotation left out."""
+        return self._packed
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the weight takes on its device."""
         parts = (*self._packed[:3], self._codebook, self._signs)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flute_kernels.errors import FormatError
 
-__all__ = ["BITS", "GROUP_SIZES", "MAX_HADAMARD", "PER_ROW", "VECTOR_SIZES", "QuantSpec"]
+__all__ = ["BITS", "GROUP_SIZES", "K_MULTIPLE", "MAX_HADAMARD", "PER_ROW", "VECTOR_SIZES", "QuantSpec"]
 
 BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128, 256)

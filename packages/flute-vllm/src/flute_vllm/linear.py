@@ -1,0 +1,198 @@
+"""Linear layers of a quantized checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+
+from flute_kernels import FluteError, FormatError, QuantSpec
+from flute_kernels.format import PER_ROW
+from flute_vllm.parameters import Loads, StackedParameter, TableParameter
+from flute_vllm.weight import Matrix, ReadyWeight
+
+__all__ = ["FluteLinearMethod", "Partition", "attach", "loads_dummies", "ready"]
+
+_SCALE_DTYPES = (torch.float16, torch.bfloat16)
+_TABLE_DTYPES = (torch.float16, torch.float32)
+
+
+class Partition:
+    """Which part of its matrices a layer of vLLM has.
+
+    Args:
+        layer: being made.
+        name: for messages.
+        rows: of this process, for every matrix.
+        columns, all_columns: of this process, and of the matrices.
+        all_rows: of the layer on all processes.
+
+    Attributes:
+        matrix_rows: of every matrix on disk.
+        first_column: of this process.
+        tp_size: processes that share the layer.
+    """
+
+    def __init__(
+        self, layer: Any, name: str, rows: Sequence[int], columns: int, all_columns: int, all_rows: int
+    ) -> None:
+        self.layer, self.name, self.rows = layer, name, list(rows)
+        self.columns, self.all_columns = columns, all_columns
+        self.tp_size = int(getattr(layer, "tp_size", 1))
+        tp_rank = int(getattr(layer, "tp_rank", 0))
+        self.first_column = 0 if columns == all_columns else tp_rank * columns
+        if hasattr(layer, "total_num_kv_heads"):  # q, k, v
+            values = getattr(layer, "v_head_size", layer.head_size)
+            kv_heads = layer.total_num_kv_heads
+            self.matrix_rows = [
+                layer.total_num_heads * layer.head_size,
+                kv_heads * layer.head_size,
+                kv_heads * values,
+            ]
+        elif hasattr(layer, "org_vocab_size"):
+            self.matrix_rows = [layer.org_vocab_size]
+        else:
+            self.matrix_rows = list(getattr(layer, "output_sizes", [all_rows]))
+
+    def first_row(self, index: int) -> int:
+        """Of this process in matrix ``index``."""
+        if hasattr(self.layer, "shard_indices"):
+            return int(self.layer.shard_indices.org_vocab_start_index)
+        rank = int(getattr(self.layer, "tp_rank", 0))
+        if self.rows[index] == self.matrix_rows[index]:
+            return 0
+        if index > 0 and hasattr(self.layer, "num_kv_head_replicas"):
+            rank //= int(self.layer.num_kv_head_replicas)
+        return rank * self.rows[index]
+
+    def check(self, spec: QuantSpec) -> None:
+        """Raise FormatError unless this process's columns are whole groups, rotations and words."""
+        spec.check_in_features(self.all_columns)
+        k = self.columns
+        group = 32 if spec.group_size == PER_ROW else spec.group_size
+        for size, what in (
+            (group, "group"),
+            (spec.hadamard or 1, "Hadamard block"),
+            (32, "run of whole words"),
+        ):
+            if k % size:
+                raise FormatError(
+                    f"{self.name}: K = {self.all_columns} over tp = {self.tp_size} processes is {k} each, "
+                    f"which the {what} of g = {size} does not divide."
+                )
+
+
+@register_weight_loader_v2_supported_method
+class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """One layer: its parameters while it loads, its products after.
+
+    Args:
+        specs: of the checkpoint's matrices that the layer is made of, in their order.
+        name: of the layer.
+    """
+
+    def __init__(self, specs: Sequence[QuantSpec], name: str) -> None:
+        self._specs, self._name = list(specs), name
+        self._partition: Partition
+        self._loads: dict[str, Loads] = {}
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        columns = input_size_per_partition
+        self._partition = part = Partition(
+            layer, self._name, output_partition_sizes, columns, input_size, output_size
+        )
+        count = len(output_partition_sizes)
+        if len(self._specs) == 1:
+            self._specs *= count  # fused on disk
+        if len(self._specs) != count or len(part.matrix_rows) != count:
+            raise FormatError(
+                f"{self._name}: vLLM makes {count} matrices of {len(self._specs)} in the checkpoint; "
+                "flute-vllm does not know this kind of layer."
+            )
+        for spec in set(self._specs):
+            part.check(spec)
+
+        loader: Callable[..., Any] = extra["weight_loader"]
+        shapes: dict[str, list[tuple[int, int]]] = {"qweight": [], "scales": []}
+        on_disk = {"qweight": [], "scales": [], "codebook": []}  # type: dict[str, list[tuple[int | None, ...]]]
+        for spec, rows, all_rows in zip(self._specs, output_partition_sizes, part.matrix_rows, strict=True):
+            mine, whole = spec.shapes(rows, columns), spec.shapes(all_rows, input_size)
+            for name, of_kind in shapes.items():
+                of_kind.append((mine[name][0], mine[name][1]))
+                on_disk[name].append(whole[name])
+            on_disk["codebook"].append((None, *whole["codebook"][1:]))
+        for name, of_matrices in on_disk.items():
+            dtypes = {"qweight": (torch.int32,), "scales": _SCALE_DTYPES, "codebook": _TABLE_DTYPES}[name]
+            self._loads[name] = Loads(self._name, name, loader, of_matrices, dtypes)
+        layer.register_parameter(
+            "qweight", StackedParameter(shapes["qweight"], torch.int32, weight_loader=self._loads["qweight"])
+        )
+        layer.register_parameter(
+            "scales", StackedParameter(shapes["scales"], torch.float16, weight_loader=self._loads["scales"])
+        )
+        table = self._specs[0].shapes(1, columns)["codebook"][1:]
+        layer.register_parameter(
+            "codebook",
+            TableParameter(
+                data=torch.empty(count, *table, dtype=torch.float16), weight_loader=self._loads["codebook"]
+            ),
+        )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if "flute" in layer._modules:
+            return
+        if not loads_dummies():
+            for loads in self._loads.values():
+                loads.check_complete()
+        part = self._partition
+        matrices = [
+            Matrix(
+                spec,
+                layer.qweight.block(i),
+                layer.scales.block(i),
+                layer.codebook.tables.get(i, layer.codebook.data[i : i + 1]),
+                part.first_row(i),
+                part.matrix_rows[i],
+            )
+            for i, spec in enumerate(self._specs)
+        ]
+        weight = ready(matrices, part, part.first_column, part.all_columns)
+        del layer.qweight, layer.scales, layer.codebook
+        attach(layer, weight)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = layer.flute(x, bias)
+        return out
+
+
+def ready(matrices: Sequence[Matrix], part: Partition, first_column: int, all_columns: int) -> ReadyWeight:
+    """The matrices laid out, with the layer's name in what goes wrong."""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return ReadyWeight(matrices, first_column, part.columns, all_columns)
+    except FluteError as error:
+        raise type(error)(f"{part.name}: {error}") from None
+
+
+def attach(layer: Any, weight: ReadyWeight) -> None:
+    """Give a layer its weight, whose device vLLM's adapters read off an attribute of the name ``qweight``."""
+    layer.flute = weight
+    layer.register_buffer("qweight", weight.codes, persistent=False)
+
+
+def loads_dummies() -> bool:
+    """Whether vLLM fills weights with random numbers instead of a checkpoint's."""
+    return str(get_current_vllm_config().load_config.load_format) == "dummy"

@@ -1,0 +1,63 @@
+"""Tiny random models of the supported families, quantized, and with their values in 16-bit clothes."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flute_kernels import QuantSpec
+from flute_quant import quantize_checkpoint
+
+from .models import Checkpoint, make_checkpoint
+from .serving import ENVIRONMENT, Engine
+
+os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """vLLM warns of much that is its own matter."""
+    config.addinivalue_line("filterwarnings", "default")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
+    """Makes (once for the same arguments) a checkpoint; see :func:`make_checkpoint`."""
+    made: dict[str, Checkpoint] = {}
+
+    def make(family: str, **options: object) -> Checkpoint:
+        key = f"{family} {sorted(options.items())}"
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp(family), family, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(autouse=True, scope="session")
+def frozen_imports() -> None:
+    """What vLLM imports is not looked through again at every model's end."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    """vLLM, in this process, one model at a time."""
+    engine = Engine()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the small real language model, in 4 bits."""
+    source = os.environ.get("FLUTE_TEST_MODEL")
+    if not source:
+        pytest.skip("FLUTE_TEST_MODEL names no folder; nox sets it to the small real model.")
+    folder = tmp_path_factory.mktemp("real") / "4bit"
+    quantize_checkpoint(source, folder, QuantSpec(bits=4, group_size=64))
+    return folder

@@ -1,0 +1,36 @@
+"""Models as servers run them: workers in processes of their own, compiled, answering over HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from .models import Checkpoint
+from .serving import Engine, server, tokens_of_another_process
+
+
+def test_two_processes_share_a_model(checkpoint: Callable[..., Checkpoint]) -> None:
+    model = checkpoint("llama")
+    two = {"tensor_parallel_size": 2}
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    said = tokens_of_another_process(model.quantized, bind, **two)
+    assert said == tokens_of_another_process(model.twin, bind, **two)
+
+
+def test_compiled(checkpoint: Callable[..., Checkpoint], engine: Engine) -> None:
+    model = checkpoint("llama", hadamard=64)
+    said = tokens_of_another_process(model.quantized, {}, enforce_eager=False)
+    assert said == engine.tokens(model.quantized)
+
+
+def test_served(real_model: Path) -> None:
+    """A real model, and a question as a user asks it."""
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with server(real_model, "--dtype", "bfloat16", "--max-model-len", "128") as client:
+        (model,) = client.models.list()
+        answer = client.chat.completions.create(
+            model=model.id, messages=question, temperature=0, max_tokens=24
+        )
+    text = answer.choices[0].message.content
+    assert text is not None
+    assert "Paris" in text

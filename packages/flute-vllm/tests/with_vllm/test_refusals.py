@@ -1,0 +1,94 @@
+"""One sentence, before the model says a word."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flute_kernels import FormatError, UnsupportedError
+
+from .models import Checkpoint
+from .serving import Engine
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def damaged(checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> Callable[..., Path]:
+    """A quantized folder, its tensors and config changed by a function each."""
+
+    def make(
+        tensors: Callable[[dict[str, Tensor]], object] = lambda t: None,
+        config: Callable[[dict[str, object]], object] = lambda c: None,
+    ) -> Path:
+        folder = tmp_path / "damaged"
+        shutil.copytree(checkpoint("llama").quantized, folder)
+        weights = load_file(folder / "model.safetensors")
+        tensors(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        described = json.loads((folder / "config.json").read_text())
+        config(described["quantization_config"])
+        (folder / "config.json").write_text(json.dumps(described))
+        return folder
+
+    return make
+
+
+def refused(engine: Engine, folder: Path, *parts: str, **options: object) -> None:
+    with pytest.raises((FormatError, UnsupportedError, ValueError)) as info:
+        engine.load(folder, **options)
+    message = str(info.value)
+    assert all(part in message for part in parts), message
+
+
+def test_missing_tensor(engine: Engine, damaged: Callable[..., Path]) -> None:
+    folder = damaged(lambda t: t.pop(f"{LAYER}.qweight"))
+    refused(engine, folder, LAYER, "qweight", "missing")
+
+
+def test_missing_matrix_of_a_merged_layer(engine: Engine, damaged: Callable[..., Path]) -> None:
+    folder = damaged(lambda t: t.pop("model.layers.0.self_attn.k_proj.scales"))
+    refused(engine, folder, "model.layers.0.self_attn.qkv_proj", "scales", "1 of its 3", "missing")
+
+
+def test_wrong_shape(engine: Engine, damaged: Callable[..., Path]) -> None:
+    folder = damaged(lambda t: t.update({f"{LAYER}.scales": t[f"{LAYER}.scales"][:, :-1].contiguous()}))
+    refused(engine, folder, LAYER, "scales", "[128, 5]", "[128, 6]")
+
+
+def test_wrong_dtype(engine: Engine, damaged: Callable[..., Path]) -> None:
+    folder = damaged(lambda t: t.update({f"{LAYER}.qweight": t[f"{LAYER}.qweight"].to(torch.int64)}))
+    refused(engine, folder, LAYER, "qweight", "int64", "int32")
+
+
+def test_scale_that_is_no_number(engine: Engine, damaged: Callable[..., Path]) -> None:
+    folder = damaged(lambda t: t[f"{LAYER}.scales"].fill_(float("nan")))
+    refused(engine, folder, LAYER, "scales", "finite")
+
+
+def test_unknown_format_version(engine: Engine, damaged: Callable[..., Path]) -> None:
+    refused(engine, damaged(config=lambda c: c.update(format_version=7)), "format_version", "7")
+
+
+def test_half_of_a_merged_layer_quantized(engine: Engine, damaged: Callable[..., Path]) -> None:
+    name = "model.layers.0.self_attn.k_proj"
+    folder = damaged(config=lambda c: c["modules_to_not_convert"].append(name))
+    refused(engine, folder, name, "16 bits")
+
+
+def test_unknown_option(engine: Engine, checkpoint: Callable[..., Checkpoint]) -> None:
+    source = checkpoint("llama").source
+    refused(engine, source, "'bit'", "bits", quantization="flute", hf_overrides={"flute": {"bit": 3}})
+
+
+def test_mixture_of_experts(engine: Engine, checkpoint: Callable[..., Checkpoint]) -> None:
+    shape = (("num_local_experts", 4), ("num_experts_per_tok", 2))
+    source = checkpoint("mixtral", shape=shape, method="lloyd").source
+    refused(engine, source, "mixture of experts", quantization="flute")
