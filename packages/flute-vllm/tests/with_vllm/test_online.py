@@ -44,3 +44,15 @@ def test_no_16_bit_weight_is_left(checkpoint: Callable[..., Checkpoint], engine:
     llm = engine.load(checkpoint("llama").source, quantization="flute")
     (names,) = llm.apply_model(lambda model: [n for n, _ in model.named_parameters() if "proj" in n])
     assert names == []
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["16-bit", "quantized"])
+def test_random_weights_for_measuring(
+    checkpoint: Callable[..., Checkpoint], engine: Engine, quantized: bool
+) -> None:
+    model = checkpoint("llama")
+    if quantized:
+        said = engine.tokens(model.quantized, load_format="dummy")
+    else:
+        said = engine.tokens(model.source, load_format="dummy", quantization="flute")
+    assert [len(tokens) for tokens in said] == [12, 12, 12]
