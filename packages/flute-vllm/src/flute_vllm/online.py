@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.linear import (
-    LinearMethodBase,
     ReplicatedLinear,
     register_weight_loader_v2_supported_method,
 )
@@ -19,7 +18,7 @@ from vllm.model_executor.layers.linear import (
 from flute_kernels import FormatError, QuantSpec
 from flute_quant import DEFAULT_IGNORE, fit_spec, quantize_tensor
 from flute_quant.patterns import matches
-from flute_vllm.linear import Partition, attach, loads_dummies, ready
+from flute_vllm.linear import Partition, PartitionedLinearMethod, attach, loads_dummies, ready
 from flute_vllm.parameters import Loads, StackedParameter
 from flute_vllm.weight import Matrix
 
@@ -103,7 +102,7 @@ class _Waiting(StackedParameter):
 
 
 @register_weight_loader_v2_supported_method
-class OnlineFluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
+class OnlineFluteLinearMethod(PartitionedLinearMethod):
     """One layer: 16-bit parameters while it loads, products with quantized ones after.
 
     Args:
@@ -113,38 +112,24 @@ class OnlineFluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """
 
     def __init__(self, spec: QuantSpec, method: str, name: str) -> None:
-        self._spec, self._method, self._name = spec, method, name
-        self._partition: Partition
+        super().__init__(name)
+        self._spec, self._method = spec, method
         self._loads: Loads
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra: Any,
-    ) -> None:
-        columns, count = input_size_per_partition, len(output_partition_sizes)
-        self._partition = part = Partition(
-            layer, self._name, output_partition_sizes, columns, input_size, output_size
-        )
-        spec, note = fit_spec(self._spec, columns)
+    def _register(self, layer: Any, part: Partition, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
+        self._spec, note = fit_spec(self._spec, part.columns)
         if note:
             _log.info("%s: %s", self._name, note)
-        self._spec = spec
-        on_disk: list[tuple[int | None, ...]] = [(rows, input_size) for rows in part.matrix_rows]
-        self._loads = Loads(self._name, "weight", extra["weight_loader"], on_disk, _WEIGHT_DTYPES)
+        on_disk: list[tuple[int | None, ...]] = [(rows, part.all_columns) for rows in part.matrix_rows]
+        self._loads = Loads(self._name, "weight", loader, on_disk, _WEIGHT_DTYPES)
 
         def load(param: Any, loaded: Tensor, *shard: Any) -> None:
             self._loads(param, loaded, *shard)
-            if len(self._loads.seen) == count:
+            if len(self._loads.seen) == len(part.rows):
                 self._quantize(layer)
 
-        shapes = [(rows, columns) for rows in output_partition_sizes]
-        weight = _Waiting(shapes, params_dtype, weight_loader=load)
+        shapes = [(rows, part.columns) for rows in part.rows]
+        weight = _Waiting(shapes, dtype, weight_loader=load)
         layer.register_parameter("weight", weight)
         if not isinstance(layer, ReplicatedLinear):
             weight.release()
@@ -171,7 +156,3 @@ class OnlineFluteLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 layer.weight.block(i).normal_(std=0.02)
             self._quantize(layer)
         del layer.weight
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        out: Tensor = layer.flute(x, bias)
-        return out
