@@ -73,6 +73,23 @@ def test_sizes(n: int, k: int, m: int, poisoned: None) -> None:
     assert_near(weight.linear(x), x.double() @ weight.dequantize(torch.float32).double().T)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec(bits=4, group_size=256), QuantSpec(bits=3, group_size=-1), QuantSpec(bits=2, group_size=32)],
+    ids=spec_id,
+)
+@pytest.mark.parametrize(("n", "k", "m"), [(34_016, 512, 30), (20_000, 768, 100), (9_024, 1280, 600)])
+def test_more_sets_of_rows_and_columns_than_blocks(
+    spec: QuantSpec, n: int, k: int, m: int, poisoned: None
+) -> None:
+    """On Hopper, blocks multiply a few whole and share the rest, with tables that change on the way."""
+    weight = LutWeight.from_linear(linear_on_gpu(spec, n, k, tables=2))
+    x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+    out = weight.linear(x)
+    assert_near(out, x.double() @ weight.dequantize(torch.float32).double().T)
+    assert same_bits(out, weight.linear(x))
+
+
 def test_x_in_every_shape_and_stride(weight: LutWeight) -> None:
     dense = weight.dequantize(torch.float32).double()
     whole = torch.randn(3, 4, 1024, device="cuda", dtype=torch.bfloat16)
@@ -95,6 +112,9 @@ def test_representative_for_the_sanitizers(bits: int) -> None:
     for m in (90, 130):  # a part of K each for several blocks, on Hopper
         x = torch.randn(m, 448, device="cuda", dtype=torch.float16)
         assert_near(weight.linear(x), x.double() @ dense.T)
+    wide = LutWeight.from_linear(linear_on_gpu(spec, 34_016, 256))  # which blocks share, on Hopper
+    x = torch.randn(20, 256, device="cuda", dtype=torch.float16)
+    assert_near(wide.linear(x), x.double() @ wide.dequantize(torch.float32).double().T)
     for block in (4, 64, 256, 1024, 4096):
         x = torch.randn(3, 4096, device="cuda", dtype=torch.float16)
         ref = x.double().view(3, -1, block) @ hadamard_matrix(block)

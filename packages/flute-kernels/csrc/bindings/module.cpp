@@ -229,9 +229,11 @@ nb::dict plan_sm90(int64_t n, int64_t k, int bits, int64_t group, int64_t tables
   out["rows"] = sm90::rows(sm90::kConfigs[plan.config]);
   out["groups"] = plan.groups;
   out["column_blocks"] = plan.column_blocks;
+  out["blocks"] = plan.blocks;
+  out["waves"] = plan.waves;
   out["parts"] = plan.parts;
-  out["cluster"] = plan.cluster;
-  out["workspace_bytes"] = plan.image_bytes + plan.parts_bytes + plan.arrived_bytes;
+  out["cluster"] = plan.is_cluster;
+  out["workspace_bytes"] = plan.image_bytes + plan.pieces_bytes + plan.written_bytes;
   return out;
 }
 

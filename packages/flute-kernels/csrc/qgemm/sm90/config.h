@@ -10,7 +10,7 @@ namespace flute::sm90 {
 
 // One compiled shape. A block multiplies a group of rows of weights by `columns` rows of x.
 struct Config {
-  int columns;     // 32, 48, 64, 96, 128
+  int columns;     // 32, 48, 64, 96, 128, 192, 256
   int warpgroups;  // of four warps that multiply
   int slabs;       // of 64 rows, that a warpgroup multiplies in turn
 };
@@ -24,36 +24,45 @@ constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
 FLUTE_BOTH constexpr int rows(const Config& c) { return 64 * c.warpgroups * c.slabs; }
 FLUTE_BOTH constexpr int tiles(const Config& c) { return 4 * c.warpgroups * c.slabs; }
-// Where two warpgroups' sums need more than the 168 registers a thread that nine warps can have, there is a third
-// warpgroup, so that it can leave them its registers. Else one more warp is enough to copy.
-FLUTE_BOTH constexpr bool shares_registers(const Config& c) { return c.columns * c.slabs >= 96; }
+// Wide blocks multiply weights by their scales, narrow ones sums: a sum that waits for its scale takes a register
+// more, and the wide ones' registers are full of sums.
+FLUTE_BOTH constexpr bool scales_weights(const Config& c) { return c.columns * c.slabs > 128; }
+// Where sums need more than the registers that a thread can have at the launch (168 of two warpgroups and a warp, 96
+// of four), the warp that copies has a warpgroup around it, which leaves the others its registers.
+FLUTE_BOTH constexpr bool shares_registers(const Config& c) {
+  return c.columns * c.slabs >= 96 || (c.warpgroups == 4 && c.columns >= 48);
+}
 FLUTE_BOTH constexpr int threads(const Config& c) {
   return 128 * c.warpgroups + (shares_registers(c) ? 128 : 32);
 }
 
 // Shared memory of a block: the table, barriers, and a ring of stages. A stage holds what the block multiplies of
-// kStageUnits units of K: the image of x, which a product wants at a multiple of 1024, then codes and scales. Two
-// units, as a barrier, a step of the ring and a scale then serve 128 weights of a row.
-constexpr int kStageUnits = 2;
-FLUTE_BOTH constexpr int stages_of(int units) { return (units + kStageUnits - 1) / kStageUnits; }
+// stage_units units of K: the image of x, which a product wants at a multiple of 1024, then codes and scales. Two
+// units, as a barrier, a step of the ring and a scale then serve 128 weights of a row; one where x takes so much that
+// there would be two stages in all.
+FLUTE_BOTH constexpr int stage_units(const Config& c) { return c.columns > 128 ? 1 : 2; }
+FLUTE_BOTH constexpr int stages_of(const Config& c, int units) {
+  return (units + stage_units(c) - 1) / stage_units(c);
+}
 
 // Group sizes that have kernels of their own; the last one's serve all above.
 constexpr int kGroups[] = {32, 64, 128};
 constexpr int kGroupCount = 3;
 
-// Lines of scales of a stage. A line of groups of 32 has two scales a row.
-FLUTE_BOTH constexpr int scale_lines(int group) { return group >= 128 ? 1 : 2; }
-
+// Of scales, a stage has a line for each unit, or for groups of 128 and more one. A line of groups of 32 has two
+// scales a row.
 struct Stage {
-  int x, unit_codes, scale_line, scales;  // bytes
+  int units, scale_lines;
+  int x, unit_codes, scale_line;  // bytes
 
   FLUTE_BOTH constexpr Stage(int bits, int group, const Config& c)
-      : x(kStageUnits * c.columns * layout::kUnit * 2),
+      : units(stage_units(c)),
+        scale_lines(group >= 128 ? 1 : units),
+        x(units * c.columns * layout::kUnit * 2),
         unit_codes(tiles(c) * 128 * bits),
-        scale_line(tiles(c) * 32 * layout::scales_per_unit(group)),
-        scales(scale_line * scale_lines(group)) {}
-  FLUTE_BOTH constexpr int codes() const { return kStageUnits * unit_codes; }
-  FLUTE_BOTH constexpr int used() const { return x + codes() + scales; }
+        scale_line(tiles(c) * 32 * layout::scales_per_unit(group)) {}
+  FLUTE_BOTH constexpr int codes() const { return units * unit_codes; }
+  FLUTE_BOTH constexpr int used() const { return x + codes() + scale_lines * scale_line; }
   FLUTE_BOTH constexpr int bytes() const { return (used() + 1023) / 1024 * 1024; }
 };
 constexpr int kMostOfCluster = 4;  // blocks
@@ -75,15 +84,21 @@ struct Params {
   const uint32_t* scales;  // pairs: rows g and g + 8
   const void* tables;      // float pairs
   const void* image;       // of x
-  void* parts;             // of sums, where several blocks share K and are no cluster; else null
-  int* arrived;            // blocks that have written theirs, by group and block of columns; zero at first
+  void* pieces;            // sums of part of K, on their way to the block that adds them up: join.cuh
+  int* written;            // by block and warp, whether its piece is there; zero at first
   uint16_t* out;
   const void* bias;
   int64_t ldo;
   int n, m;
   int tiles, units;
   int tiles_per_table, groups_per_table;
-  int group_shift;  // log2 of units per scale
+  int column_blocks;
+  int stores_fours;  // whether four neighbours of a row of out can be written at once
+  int waves;         // of sets that blocks multiply whole, before they share the others: schedule.cuh
+  int shared_sets;   // those others
+  int parts;         // blocks of each set, if there are few; 1 where blocks share runs of sets
+  int is_cluster;    // whether the parts of a set run at the same time and see each other's shared memory
+  int group_shift;   // log2 of units per scale
   int bias_dtype;
 };
 

@@ -21,8 +21,8 @@ struct ImageParams {
   int64_t ldx;
   int m, units;                          // of x
   int columns, image_rows, image_units;  // rows: whole blocks of columns; units: whole stages
-  int* arrived;                          // set to zero for the kernel that follows
-  int arrivals;
+  int* zeroed;                           // for the kernel that follows
+  int zeros;
 };
 
 __global__ void __launch_bounds__(kImageThreads) make_image(const __grid_constant__ ImageParams p) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kImageThreads) make_image(const __grid_constan
   const int id = blockIdx.x * kImageThreads + threadIdx.x;
   const int half = id % 2, unit = id / 2 % p.image_units, row = id / 2 / p.image_units;
   wait_for_predecessor();
-  if (id < p.arrivals) p.arrived[id] = 0;
+  if (id < p.zeros) p.zeroed[id] = 0;
   if (row >= p.image_rows) return;
   uint4 runs[4] = {};
   if (row < p.m && unit < p.units) {

@@ -8,10 +8,15 @@ namespace flute::sm90 {
 struct Plan {
   int config = -1;  // index into kConfigs; -1: none serves the problem
   int groups_per_table = 0, groups = 0, column_blocks = 0;
-  int parts = 1;         // of K, each for one block
-  bool cluster = false;  // whether the parts of a group are a cluster, or meet in memory
-  // Of the workspace: x, the sums of parts, and a count for each group and block of columns.
-  int64_t image_bytes = 0, parts_bytes = 0, arrived_bytes = 0;
+  // A set is a group with a block of columns. Few sets have `parts` blocks each. Of more, each block multiplies `waves`
+  // whole and shares the others, of which there are between one and two for each block.
+  int64_t sets = 0;
+  int blocks = 0, parts = 1, waves = 0;
+  bool is_cluster = false;  // whether the parts of a set run at the same time; else they meet in memory
+  // Of the workspace: x, pieces of sets, and a word for each block's warps.
+  int64_t image_bytes = 0, pieces_bytes = 0, written_bytes = 0;
+
+  int64_t shared_sets() const { return sets - int64_t{waves} * blocks; }
 };
 
 Plan make_plan(const QWeight& weight, int64_t m, const Gpu& gpu);

@@ -69,13 +69,47 @@ __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-__device__ __forceinline__ void load_of_block(float (&v)[4], uint32_t at, int block) {
+__device__ __forceinline__ uint32_t of_block(uint32_t at, int block) {
   uint32_t there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
+  return there;
+}
+__device__ __forceinline__ void load_of_block(float (&v)[4], uint32_t at, int block) {
+  const uint32_t there = of_block(at, block);
   asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
                : "r"(there)
                : "memory");
+}
+
+// A word in memory that says that what was written before it can be seen (8.11, memory consistency model).
+__device__ __forceinline__ void publish(int* word) {
+  asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.b32 [%0], 1;" ::"l"(word) : "memory");
+}
+__device__ __forceinline__ bool is_published(const int* word) {
+  int value;
+  asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value != 0;
+}
+
+// Four floats from memory, past the first cache, or zeros. It is one piece of code without branches: where accumulators
+// of products come from different ways, the compiler lets each product end before the next begins.
+__device__ __forceinline__ void load_or_zero(float (&v)[4], const void* from, bool loads) {
+  asm volatile(
+      "{.reg .pred loads; setp.ne.b32 loads, %5, 0;\n"
+      "mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;\n"
+      "@loads ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];}"
+      : "=&f"(v[0]), "=&f"(v[1]), "=&f"(v[2]), "=&f"(v[3])
+      : "l"(from), "r"(int{loads})
+      : "memory");
+}
+
+// An 8 x 8 matrix of 16-bit values, of which lane 4g + t has row g, columns 2t and 2t + 1, transposed (9.7.15.5.17,
+// movmatrix): now those are of its row g of columns.
+__device__ __forceinline__ uint32_t transposed(uint32_t pair) {
+  uint32_t to;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(pair));
+  return to;
 }
 
 // What this thread may see of writes to memory, its copies see from here on (9.7.13.4, fence.proxy).
@@ -86,8 +120,10 @@ __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.syn
 __device__ __forceinline__ void products_end() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// Until all but the last kRunning groups of products have ended.
+template <int kRunning>
 __device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kRunning) : "memory");
 }
 
 // The compiler takes a product's results for known as soon as the product has been started: it must not move their
@@ -97,6 +133,11 @@ __device__ __forceinline__ void hold(float (&v)[kCount][4]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i)
     asm volatile("" : "+f"(v[i][0]), "+f"(v[i][1]), "+f"(v[i][2]), "+f"(v[i][3])::"memory");
+}
+
+// Operands are complete here: what makes them may not sink to the products that use them.
+__device__ __forceinline__ void hold(uint32_t (&v)[4]) {
+  asm volatile("" : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])::"memory");
 }
 
 // A value that the compiler keeps in a register, as it does not know where it comes from.
@@ -132,6 +173,7 @@ struct Product;
 #define FLUTE_D2(i) FLUTE_D(i), FLUTE_D(i + 1)
 #define FLUTE_D4(i) FLUTE_D2(i), FLUTE_D2(i + 2)
 #define FLUTE_D8(i) FLUTE_D4(i), FLUTE_D4(i + 4)
+#define FLUTE_D16(i) FLUTE_D8(i), FLUTE_D8(i + 8)
 #define FLUTE_R4 "%0, %1, %2, %3"
 #define FLUTE_R8 FLUTE_R4 ", %4, %5, %6, %7"
 #define FLUTE_R16 FLUTE_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -146,6 +188,14 @@ struct Product;
   FLUTE_R32                                                                                           \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
   "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define FLUTE_R96                                                                                     \
+  FLUTE_R64                                                                                           \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, " \
+  "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define FLUTE_R128                                                                                       \
+  FLUTE_R96                                                                                              \
+  ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, " \
+  "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 // Operands behind the accumulators: four of a, the descriptor, whether to add.
 #define FLUTE_PRODUCT(TYPE, NAME, COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, ...)                          \
   template <>                                                                                           \
@@ -163,17 +213,18 @@ struct Product;
 #define FLUTE_PRODUCTS(COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, ...)                 \
   FLUTE_PRODUCT(__half, "f16", COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, __VA_ARGS__) \
   FLUTE_PRODUCT(__nv_bfloat16, "bf16", COLUMNS, REGISTERS, A, DESCRIPTOR, ADD, __VA_ARGS__)
-FLUTE_PRODUCTS(8, FLUTE_R4, "%4, %5, %6, %7", "%8", "%9", FLUTE_D(0))
-FLUTE_PRODUCTS(16, FLUTE_R8, "%8, %9, %10, %11", "%12", "%13", FLUTE_D2(0))
 FLUTE_PRODUCTS(32, FLUTE_R16, "%16, %17, %18, %19", "%20", "%21", FLUTE_D4(0))
 FLUTE_PRODUCTS(48, FLUTE_R24, "%24, %25, %26, %27", "%28", "%29", FLUTE_D2(0), FLUTE_D4(2))
 FLUTE_PRODUCTS(64, FLUTE_R32, "%32, %33, %34, %35", "%36", "%37", FLUTE_D8(0))
 FLUTE_PRODUCTS(96, FLUTE_R48, "%48, %49, %50, %51", "%52", "%53", FLUTE_D8(0), FLUTE_D4(8))
 FLUTE_PRODUCTS(128, FLUTE_R64, "%64, %65, %66, %67", "%68", "%69", FLUTE_D8(0), FLUTE_D8(8))
+FLUTE_PRODUCTS(192, FLUTE_R96, "%96, %97, %98, %99", "%100", "%101", FLUTE_D16(0), FLUTE_D8(16))
+FLUTE_PRODUCTS(256, FLUTE_R128, "%128, %129, %130, %131", "%132", "%133", FLUTE_D16(0), FLUTE_D16(16))
 #undef FLUTE_D
 #undef FLUTE_D2
 #undef FLUTE_D4
 #undef FLUTE_D8
+#undef FLUTE_D16
 #undef FLUTE_R4
 #undef FLUTE_R8
 #undef FLUTE_R16
@@ -181,6 +232,8 @@ FLUTE_PRODUCTS(128, FLUTE_R64, "%64, %65, %66, %67", "%68", "%69", FLUTE_D8(0), 
 #undef FLUTE_R32
 #undef FLUTE_R48
 #undef FLUTE_R64
+#undef FLUTE_R96
+#undef FLUTE_R128
 #undef FLUTE_PRODUCT
 #undef FLUTE_PRODUCTS
 

@@ -6,6 +6,7 @@
 #include "core/early.cuh"
 #include "qgemm/sm90/config.h"
 #include "qgemm/sm90/ptx.cuh"
+#include "qgemm/sm90/schedule.cuh"
 
 namespace flute::sm90 {
 
@@ -41,46 +42,56 @@ class Ring {
   int parity_ = 0;
 };
 
-// By one thread: stages first ... first + count - 1 of a block's tiles and columns. Codes and scales of those that
-// find room at the beginning do not wait for the kernel before, whose work the image is. Where K ends inside a
-// stage, the image has zeros, and the last unit's codes come twice.
-template <int kBits, int kGroup, int kStages, class Ring>
-__device__ __forceinline__ void fill(Ring ring, const Params& p, const Stage stage, int tile,
-                                     int column_block, int first, int count) {
-  const char* const codes = reinterpret_cast<const char*>(p.codes) + int64_t{tile} * (128 * kBits);
-  const char* const scales =
-      reinterpret_cast<const char*>(p.scales) + int64_t{tile} * (32 * layout::scales_per_unit(kGroup));
+// By one thread: the stages of a block's items, one after the other; so those of the next item come while the warps
+// that multiply write the results of the one before. Codes and scales of those that find room at the beginning do not
+// wait for the kernel before, whose work the image is. Where K ends inside a stage, the image has zeros, and the last
+// unit's codes come twice.
+template <int kBits, int kGroup, int kStages, int kTiles, class Ring>
+__device__ __forceinline__ void fill(Ring ring, const Params& p, const Stage stage, Schedule schedule,
+                                     int stages_in_all) {
   const int64_t unit_bytes = int64_t{p.tiles} * (128 * kBits);
   const int64_t line_bytes = int64_t{p.tiles} * (32 * layout::scales_per_unit(kGroup));
-  const char* x =
-      static_cast<const char*>(p.image) + (int64_t{column_block} * stages_of(p.units) + first) * stage.x;
-  int unit = first * kStageUnits;
-  const auto copy_weights = [&](const Ring& ring) {
+  const char *codes = nullptr, *scales = nullptr, *x = nullptr;
+  const auto copy_weights = [&](const Ring& ring, int number) {
     barrier_expect(ring.full(), stage.used());
     uint32_t to = ring.data() + stage.x;
+    const int unit = number * stage.units;
 #pragma unroll
-    for (int u = 0; u < kStageUnits; ++u, to += stage.unit_codes)
+    for (int u = 0; u < stage.units; ++u, to += stage.unit_codes)
       copy(to, codes + min(unit + u, p.units - 1) * unit_bytes, stage.unit_codes, ring.full());
 #pragma unroll
-    for (int u = 0; u < scale_lines(kGroup); ++u, to += stage.scale_line)
+    for (int u = 0; u < stage.scale_lines; ++u, to += stage.scale_line)
       copy(to, scales + (min(unit + u, p.units - 1) >> p.group_shift) * line_bytes, stage.scale_line,
            ring.full());
-    unit += kStageUnits;
   };
-  const auto copy_x = [&](const Ring& ring) {
-    copy(ring.data(), x, stage.x, ring.full());
-    x += stage.x;
+  const auto copy_x = [&](const Ring& ring, int number) {
+    copy(ring.data(), x + int64_t{number} * stage.x, stage.x, ring.full());
   };
-  Ring ring_of_x = ring;
-  const int free = min(count, kStages);
-  for (int i = 0; i < free; ++i, ring.advance()) copy_weights(ring);
-  wait_for_predecessor();
-  copies_see_writes();
-  for (int i = 0; i < free; ++i, ring_of_x.advance()) copy_x(ring_of_x);
-  for (int i = free; i < count; ++i, ring.advance()) {
-    ring.wait_empty();
-    copy_weights(ring);
-    copy_x(ring);
+  bool is_first = true;
+  for (int items = schedule.items(); items > 0; --items) {
+    const Item item = schedule.next();
+    const Group group(p, item.set / p.column_blocks, kTiles);
+    codes = reinterpret_cast<const char*>(p.codes) + int64_t{group.tile} * (128 * kBits);
+    scales = reinterpret_cast<const char*>(p.scales) +
+             int64_t{group.tile} * (32 * layout::scales_per_unit(kGroup));
+    x = static_cast<const char*>(p.image) + int64_t{item.set % p.column_blocks} * stages_in_all * stage.x;
+    int number = item.first, left = item.count;
+    if (is_first) {  // does not go around the end
+      Ring ring_of_x = ring;
+      const int free = min(left, kStages);
+      for (int i = 0; i < free; ++i, ring.advance()) copy_weights(ring, number + i);
+      wait_for_predecessor();
+      copies_see_writes();
+      for (int i = 0; i < free; ++i, ring_of_x.advance()) copy_x(ring_of_x, number + i);
+      number += free, left -= free;
+      is_first = false;
+    }
+    for (; left > 0; --left, ++number, ring.advance()) {
+      if (number == stages_in_all) number = 0;
+      ring.wait_empty();
+      copy_weights(ring, number);
+      copy_x(ring, number);
+    }
   }
 }
 
