@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +202,10 @@ def wheels(session: nox.Session) -> None:
             session.run("python", "-m", "build", "--wheel", "--outdir", "dist/pure", f"packages/{name}")
 
 
-def gpu_python(session: nox.Session) -> tuple[str, dict[str, str]]:
+def gpu_python(session: nox.Session, racecheck: bool = False) -> tuple[str, dict[str, str]]:
     """A python with flute-kernels built for the GPU at hand, and its environment.
+
+    With ``racecheck``, it is built so that compute-sanitizer's tool of that name can follow it.
 
     A GPU machine may have a torch of its own, and no network: with ``--here`` it is the python that runs nox,
     and nothing is installed. It wants torch, nanobind, nanobind-backend, pytest, hypothesis and numpy, CMake
@@ -213,9 +216,11 @@ def gpu_python(session: nox.Session) -> tuple[str, dict[str, str]]:
     if not printed("nvidia-smi", "-L"):
         session.error("There is no GPU: nvidia-smi -L lists none")
     here = "--here" in session.posargs
+    build = {"FLUTE_CUDA_ARCHITECTURES": "native", "FLUTE_RACECHECK": "ON" if racecheck else "OFF"}
     python = sys.executable if here else str(WORK / "bin/python")
     if not here:
-        install(session, settings=("-C", "cmake.define.FLUTE_CUDA_ARCHITECTURES=native"))
+        settings = (("-C", f"cmake.define.{name}={value}") for name, value in build.items())
+        install(session, settings=tuple(chain.from_iterable(settings)))
     # The tests skip themselves where torch sees no GPU, and all would look well.
     torch = "import torch; print(torch.__version__, *['sees'] * torch.cuda.is_available())"
     found = session.run(python, "-c", torch, silent=True, external=True).strip()
@@ -224,11 +229,11 @@ def gpu_python(session: nox.Session) -> tuple[str, dict[str, str]]:
     env = dict(PASSIVE)
     if here:
         env["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in ROOT.glob("packages/*/src"))
-        kernels, build = "packages/flute-kernels", "build/gpu"
-        options = (f"-DPython_EXECUTABLE={python}", "-DFLUTE_CUDA_ARCHITECTURES=native")
-        session.run("cmake", "-S", kernels, "-B", build, "-G", "Ninja", *options, external=True)
-        session.run("cmake", "--build", build, external=True)
-        session.run("cmake", "--install", build, "--prefix", f"{kernels}/src", external=True)
+        kernels, folder = "packages/flute-kernels", "build/racecheck" if racecheck else "build/gpu"
+        options = (f"-DPython_EXECUTABLE={python}", *(f"-D{name}={value}" for name, value in build.items()))
+        session.run("cmake", "-S", kernels, "-B", folder, "-G", "Ninja", *options, external=True)
+        session.run("cmake", "--build", folder, external=True)
+        session.run("cmake", "--install", folder, "--prefix", f"{kernels}/src", external=True)
     return python, env
 
 
@@ -245,7 +250,7 @@ def tests_gpu(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def sanitize(session: nox.Session) -> None:
     """Representative GPU tests under each tool of compute-sanitizer; ``-- --here`` as for tests_gpu."""
-    python, env = gpu_python(session)
+    python, env = gpu_python(session, racecheck=True)
     env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor's bounds are then known
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")

@@ -10,6 +10,14 @@
 
 namespace flute::sm90 {
 
+// How many lanes say that a warp has left a stage: one, once all are in step. The sanitizer's racecheck does not see
+// that order, so for it (CMake's FLUTE_RACECHECK) each lane speaks for itself.
+#ifdef FLUTE_RACECHECK
+constexpr int kLeavers = 32;
+#else
+constexpr int kLeavers = 1;
+#endif
+
 // A stage is read once `full` says that its copies have arrived, and written anew once `empty` says that every
 // warp that multiplies has left it.
 template <int kStageBytes, int kStages>
@@ -18,10 +26,10 @@ class Ring {
   __device__ __forceinline__ explicit Ring(uint32_t shared_address)
       : full_(shared_address), data_(shared_address + kBarrierBytes), end_(data_ + kStages * kStageBytes) {}
 
-  __device__ __forceinline__ void init(int readers) const {
+  __device__ __forceinline__ void init(int readers) const {  // warps
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full_ + 16 * i, 1);
-      barrier_init(full_ + 16 * i + 8, readers);
+      barrier_init(full_ + 16 * i + 8, readers * kLeavers);
     }
     barriers_are_initialized();
   }
@@ -32,6 +40,11 @@ class Ring {
 
   __device__ __forceinline__ void wait_full() const { barrier_wait(full(), parity_); }
   __device__ __forceinline__ void wait_empty() const { barrier_wait(empty(), parity_ ^ 1); }
+  // By a warp: leaves the stage of this `empty` barrier.
+  __device__ __forceinline__ static void leave(uint32_t empty, bool is_first_lane) {
+    __syncwarp();
+    if (kLeavers > 1 || is_first_lane) barrier_arrive(empty);
+  }
   __device__ __forceinline__ void advance() {
     full_ += 16, data_ += kStageBytes;
     if (data_ == end_) parity_ ^= 1, full_ -= 16 * kStages, data_ -= kStageBytes * kStages;

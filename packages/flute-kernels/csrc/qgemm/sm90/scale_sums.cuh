@@ -68,7 +68,7 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kCo
           hold(part[before]);
           if (first_of_unit && u == 0) {
             if (ended) add(before);
-            if (leader && running_empty != 0) barrier_arrive(running_empty);
+            if (running_empty != 0) ring.leave(running_empty, leader);
           } else if (kGroup < 128 || (!first_of_unit && u + 1 == kUnits)) {
             if (ends) add(before);
           }
@@ -94,10 +94,10 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kCo
     running_empty = empty;
   }
   products_wait<0>();
-  if (leader) barrier_arrive(running_empty);
-  ring.advance();
   hold(part[kSlabs - 1]);
   add(kSlabs - 1);
+  ring.leave(running_empty, leader);  // now that the last scale, too, has been read
+  ring.advance();
 }
 
 }  // namespace flute::sm90

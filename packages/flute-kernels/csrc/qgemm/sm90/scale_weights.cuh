@@ -90,7 +90,7 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kCo
             }
           }
           products_wait<0>();
-          if (u == 0 && r == 0 && leader && running_empty != 0) barrier_arrive(running_empty);
+          if (u == 0 && r == 0 && running_empty != 0) ring.leave(running_empty, leader);
           products_begin();
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kCo
     }
   }
   products_wait<0>();
-  if (leader) barrier_arrive(running_empty);
+  ring.leave(running_empty, leader);
   ring.advance();
 #pragma unroll
   for (int r = 0; r < kSlabs; ++r) hold(sum[r]);
