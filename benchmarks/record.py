@@ -74,5 +74,7 @@ def save(name: str, figures: Any) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{date}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(record, indent=1)
+    lines = re.sub(r"\{[^{}]*\}", lambda inner: " ".join(inner[0].split()), text)  # a figure, a line
+    path.write_text(lines + "\n", encoding="utf-8")
     print(f"saved {path}")
