@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs>, 1)
   Codes<kBits, kGroup, kSlabs> codes(kStage, base, warp_tile, lane);
   const Pieces<kThreads, kSlabs, kFragments> pieces(p);
   int table = -1;  // in shared memory
-  all_lookers();   // are here together, for the compiler: see Schedule::items
+  all_lookers();   // are here together: the compiler wants to know (Schedule::items)
   for (int items = schedule.items(); items > 0; --items) {
     const Item item = schedule.next();
     const Group group(p, item.set / p.column_blocks, tiles(kConfig));

@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_of_block(float (&v)[4], uint32_t at, int bl
                : "memory");
 }
 
-// A word in memory that says that what was written before it can be seen (8.11, memory consistency model).
+// A word in memory that says that what was written before it can be seen (8, memory consistency model).
 __device__ __forceinline__ void publish(int* word) {
   asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.b32 [%0], 1;" ::"l"(word) : "memory");
 }
@@ -104,7 +104,7 @@ __device__ __forceinline__ void load_or_zero(float (&v)[4], const void* from, bo
       : "memory");
 }
 
-// An 8 x 8 matrix of 16-bit values, of which lane 4g + t has row g, columns 2t and 2t + 1, transposed (9.7.15.5.17,
+// An 8 x 8 matrix of 16-bit values, of which lane 4g + t has row g, columns 2t and 2t + 1, transposed (9.7.14,
 // movmatrix): now those are of its row g of columns.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   uint32_t to;
@@ -120,10 +120,9 @@ __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.syn
 __device__ __forceinline__ void products_end() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until all but the last kRunning groups of products have ended.
-template <int kRunning>
+// Until all products have ended.
 __device__ __forceinline__ void products_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kRunning) : "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
 // The compiler takes a product's results for known as soon as the product has been started: it must not move their

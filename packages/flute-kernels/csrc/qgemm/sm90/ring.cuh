@@ -64,30 +64,30 @@ __device__ __forceinline__ void fill(Ring ring, const Params& p, const Stage sta
                                      int stages_in_all) {
   const int64_t unit_bytes = int64_t{p.tiles} * (128 * kBits);
   const int64_t line_bytes = int64_t{p.tiles} * (32 * layout::scales_per_unit(kGroup));
-  const char *codes = nullptr, *scales = nullptr, *x = nullptr;
-  const auto copy_weights = [&](const Ring& ring, int number) {
-    barrier_expect(ring.full(), stage.used());
-    uint32_t to = ring.data() + stage.x;
-    const int unit = number * stage.units;
-#pragma unroll
-    for (int u = 0; u < stage.units; ++u, to += stage.unit_codes)
-      copy(to, codes + min(unit + u, p.units - 1) * unit_bytes, stage.unit_codes, ring.full());
-#pragma unroll
-    for (int u = 0; u < stage.scale_lines; ++u, to += stage.scale_line)
-      copy(to, scales + (min(unit + u, p.units - 1) >> p.group_shift) * line_bytes, stage.scale_line,
-           ring.full());
-  };
-  const auto copy_x = [&](const Ring& ring, int number) {
-    copy(ring.data(), x + int64_t{number} * stage.x, stage.x, ring.full());
-  };
   bool is_first = true;
   for (int items = schedule.items(); items > 0; --items) {
     const Item item = schedule.next();
     const Group group(p, item.set / p.column_blocks, kTiles);
-    codes = reinterpret_cast<const char*>(p.codes) + int64_t{group.tile} * (128 * kBits);
-    scales = reinterpret_cast<const char*>(p.scales) +
-             int64_t{group.tile} * (32 * layout::scales_per_unit(kGroup));
-    x = static_cast<const char*>(p.image) + int64_t{item.set % p.column_blocks} * stages_in_all * stage.x;
+    const char* const codes = reinterpret_cast<const char*>(p.codes) + int64_t{group.tile} * (128 * kBits);
+    const char* const scales = reinterpret_cast<const char*>(p.scales) +
+                               int64_t{group.tile} * (32 * layout::scales_per_unit(kGroup));
+    const char* const x =
+        static_cast<const char*>(p.image) + int64_t{item.set % p.column_blocks} * stages_in_all * stage.x;
+    const auto copy_weights = [&](const Ring& ring, int number) {
+      barrier_expect(ring.full(), stage.used());
+      uint32_t to = ring.data() + stage.x;
+      const int unit = number * stage.units;
+#pragma unroll
+      for (int u = 0; u < stage.units; ++u, to += stage.unit_codes)
+        copy(to, codes + min(unit + u, p.units - 1) * unit_bytes, stage.unit_codes, ring.full());
+#pragma unroll
+      for (int u = 0; u < stage.scale_lines; ++u, to += stage.scale_line)
+        copy(to, scales + (min(unit + u, p.units - 1) >> p.group_shift) * line_bytes, stage.scale_line,
+             ring.full());
+    };
+    const auto copy_x = [&](const Ring& ring, int number) {
+      copy(ring.data(), x + int64_t{number} * stage.x, stage.x, ring.full());
+    };
     int number = item.first, left = item.count;
     if (is_first) {  // does not go around the end
       Ring ring_of_x = ring;

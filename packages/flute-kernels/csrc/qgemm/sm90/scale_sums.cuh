@@ -14,7 +14,7 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kCo
                                                         Codes<kBits, kGroup, kSlabs>& codes,
                                                         const Stage stage, int group_shift, int first,
                                                         int count, bool leader) {
-  constexpr int kFragments = kColumns / 8, kUnits = 2;
+  constexpr int kFragments = kColumns / 8, kUnits = stage_units({kColumns, 0, 0});
   constexpr int kSteps = Codes<kBits, kGroup, kSlabs>::kScales, kHalves = 2 / kSteps;
   float part[kSlabs][kFragments][4];
   uint32_t a[2][kHalves][2][4];
@@ -64,7 +64,7 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kCo
           // The products before these: of which slab, and whether they are the last of their sums.
           const bool first_of_unit = r == 0 && s == 0;
           const int before = s > 0 ? r : r > 0 ? r - 1 : kSlabs - 1;
-          products_wait<0>();
+          products_wait();
           hold(part[before]);
           if (first_of_unit && u == 0) {
             if (ended) add(before);
@@ -93,7 +93,7 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kCo
     if (until_scale == 0) until_scale = stages_per_scale;
     running_empty = empty;
   }
-  products_wait<0>();
+  products_wait();
   hold(part[kSlabs - 1]);
   add(kSlabs - 1);
   ring.leave(running_empty, leader);  // now that the last scale, too, has been read

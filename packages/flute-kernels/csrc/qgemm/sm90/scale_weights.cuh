@@ -52,7 +52,7 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kCo
 #pragma unroll
     for (int turn = 0; turn < kTurn; ++turn) {
       if (turn > 0 && left == 0) {
-        products_wait<0>();  // on every way out of the pipeline, or the compiler makes it none
+        products_wait();  // on every way out of the pipeline, or the compiler makes it none
         break;
       }
       --left;
@@ -89,7 +89,7 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kCo
               hold(now[h][q]);
             }
           }
-          products_wait<0>();
+          products_wait();
           if (u == 0 && r == 0 && running_empty != 0) ring.leave(running_empty, leader);
           products_begin();
 #pragma unroll
@@ -105,7 +105,7 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kCo
       running_empty = empty;
     }
   }
-  products_wait<0>();
+  products_wait();
   ring.leave(running_empty, leader);
   ring.advance();
 #pragma unroll
