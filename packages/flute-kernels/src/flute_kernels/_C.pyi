@@ -61,6 +61,20 @@ def qgemm_cuda(
     device: int,
     stream: int,
 ) -> int: ...
+def qgemm_grouped_cuda(
+    weight: QWeight,
+    x: int,
+    m: int,
+    ldx: int,
+    dtype: int,
+    counts: int,
+    experts: int,
+    out: int,
+    ldo: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> int: ...
 def dequantize_cuda(
     weight: QWeight, out: int, dtype: int, first_row: int, rows: int, device: int, stream: int
 ) -> None: ...

@@ -6,7 +6,7 @@ from flute_kernels.build_info import BuildInfo, build_info, check_environment
 from flute_kernels.checks import ACTIVATION_DTYPES
 from flute_kernels.errors import FluteError, FormatError, UnsupportedError
 from flute_kernels.format import QuantizationConfig, QuantizedLinear, QuantSpec, pack_codes, unpack_codes
-from flute_kernels.ops import dequantize, hadamard, qgemm
+from flute_kernels.ops import dequantize, hadamard, qgemm, qgemm_grouped
 from flute_kernels.weight import LutWeight
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "hadamard",
     "pack_codes",
     "qgemm",
+    "qgemm_grouped",
     "unpack_codes",
 ]
 

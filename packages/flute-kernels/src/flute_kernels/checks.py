@@ -9,7 +9,15 @@ from flute_kernels.errors import FormatError, UnsupportedError
 from flute_kernels.format.spec import MAX_HADAMARD
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["ACTIVATION_DTYPES", "DTYPES", "check_dtype", "check_hadamard", "check_qgemm", "check_tensors"]
+__all__ = [
+    "ACTIVATION_DTYPES",
+    "DTYPES",
+    "check_dtype",
+    "check_hadamard",
+    "check_qgemm",
+    "check_qgemm_grouped",
+    "check_tensors",
+]
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Activation dtypes, with the kernels' number of each."""
@@ -39,6 +47,28 @@ def check_qgemm(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
         raise FormatError(
             f"bias is {bias.dtype} {list(bias.shape)}; expected float32, float16 or bfloat16 [{n}]."
         )
+
+
+_EXPERT_ROWS = 16
+"""An expert's rows come in multiples of this: a kernel's block of rows belongs to one expert."""
+
+
+def check_qgemm_grouped(x: Tensor, counts: Tensor, weight: PackedWeight) -> int:
+    """x and counts fit a weight of stacked experts; returns the rows that one expert has."""
+    check_qgemm(x, weight, None)
+    if x.ndim != 2:
+        raise FormatError(f"x has shape {list(x.shape)}; expected [rows, {weight.in_features}].")
+    if counts.dtype != torch.int32 or counts.ndim != 1 or counts.shape[0] == 0:
+        raise FormatError(f"counts is {counts.dtype} {list(counts.shape)}; expected torch.int32 [experts].")
+    if counts.device != x.device:
+        raise FormatError(f"counts is on {counts.device}, x on {x.device}; expected the same device.")
+    n, experts = weight.out_features, counts.shape[0]
+    if n % (experts * _EXPERT_ROWS):
+        raise FormatError(
+            f"out_features = {n} over {experts} experts is {n / experts:g} rows each; "
+            f"expected a multiple of {_EXPERT_ROWS}."
+        )
+    return n // experts
 
 
 def check_tensors(

@@ -1,4 +1,4 @@
-"""The operators ``flute_kernels::{qgemm, dequantize, hadamard}``, registered with torch's dispatcher.
+"""The operators ``flute_kernels::{qgemm, qgemm_grouped, dequantize, hadamard}``, known to torch's dispatcher.
 
 Weights come in the layout that :class:`flute_kernels.LutWeight` makes for a device; it is the only
 caller that most code needs. ``torch.library.Library`` is used rather than its decorators because a
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flute_kernels.checks import check_dtype, check_hadamard, check_qgemm
+from flute_kernels.checks import check_dtype, check_hadamard, check_qgemm, check_qgemm_grouped
 from flute_kernels.cpu import kernels as cpu
 from flute_kernels.cuda import kernels as cuda
+from flute_kernels.errors import UnsupportedError
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["dequantize", "hadamard", "qgemm"]
+__all__ = ["dequantize", "hadamard", "qgemm", "qgemm_grouped"]
 
 _library = torch.library.Library("flute_kernels", "DEF")
 _WEIGHT = (
@@ -25,6 +26,7 @@ _WEIGHT = (
     "int out_features, int in_features, int bits, int vector_size, int group_size"
 )
 _library.define(f"qgemm(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor")
+_library.define(f"qgemm_grouped(Tensor x, Tensor counts, {_WEIGHT}) -> Tensor")
 _library.define(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor")
 _library.define("hadamard(Tensor x, Tensor? signs, int block_size, bool transpose=False) -> Tensor")
 
@@ -62,6 +64,47 @@ def qgemm(
     numbers = (out_features, in_features, bits, vector_size, group_size)
     out: Tensor = torch.ops.flute_kernels.qgemm.default(
         x, codes, scales, tables, table_of_block, *numbers, bias
+    )
+    return out
+
+
+def qgemm_grouped(
+    x: Tensor,
+    counts: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    tables: Tensor,
+    table_of_block: Tensor | None,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    vector_size: int,
+    group_size: int,
+) -> Tensor:
+    """Rows of ``x``, sorted by expert, each times its own expert's weight.
+
+    The experts' weights ``[N, K]`` lie on top of each other in one weight of ``experts * N`` rows, in
+    the ordinary layout. The host never waits for ``counts``, which may be computed on the GPU.
+
+    Args:
+        x: float32, float16 or bfloat16 ``[M, K]``; the first ``counts[0]`` rows are those of expert 0.
+        counts: int32 ``[experts]``, rows of x that each expert has, on the device of ``x``. Rows after
+            the last expert's, which belong to none, give zeros.
+        codes, scales, tables, table_of_block: as for :func:`qgemm`.
+        out_features: ``experts * N``; N is a multiple of 16.
+        in_features, bits, vector_size, group_size: as for :func:`qgemm`.
+
+    Returns:
+        ``[M, N]`` in the dtype of ``x``; not differentiable.
+
+    Raises:
+        FormatError: a shape or device does not fit. On a CPU also: a count is negative, or they sum up to
+            more than M. On a GPU, nothing beyond the tensors is read then, and the result means nothing.
+        UnsupportedError: no kernel serves the dtype or device, or x wants a gradient.
+    """
+    numbers = (out_features, in_features, bits, vector_size, group_size)
+    out: Tensor = torch.ops.flute_kernels.qgemm_grouped.default(
+        x, counts, codes, scales, tables, table_of_block, *numbers
     )
     return out
 
@@ -114,6 +157,11 @@ def _qgemm_fake(x: Tensor, *operands: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.out_features)
 
 
+def _qgemm_grouped_fake(x: Tensor, counts: Tensor, *operands: Any) -> Tensor:
+    weight, _ = PackedWeight.split(operands)
+    return x.new_empty(x.shape[0], check_qgemm_grouped(x, counts, weight))
+
+
 def _dequantize_fake(*operands: Any) -> Tensor:
     weight, dtype = PackedWeight.split(operands)
     check_dtype(dtype)
@@ -147,6 +195,17 @@ def _qgemm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, *[None] * 9, grad_bias)
 
 
+def _qgemm_grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    raise UnsupportedError(
+        f"x {list(inputs[0].shape)} wants a gradient, which the product with {inputs[1].shape[0]} experts "
+        "does not have; call it under torch.no_grad()."
+    )
+
+
+def _no_backward(ctx: Any, grad: Tensor) -> None:
+    raise AssertionError("its setup raises")
+
+
 def _hadamard_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, signs, ctx.block_size, ctx.transpose = inputs
     ctx.save_for_backward(signs)
@@ -159,13 +218,18 @@ def _hadamard_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 for _key, _kernels in (("CPU", cpu), ("CUDA", cuda)):
     _library.impl("qgemm", _kernels.qgemm, _key)
+    _library.impl("qgemm_grouped", _kernels.qgemm_grouped, _key)
     _library.impl("dequantize", _kernels.dequantize, _key)
     _library.impl("hadamard", _kernels.hadamard, _key)
 torch.library.register_fake("flute_kernels::qgemm", _qgemm_fake, lib=_library)
+torch.library.register_fake("flute_kernels::qgemm_grouped", _qgemm_grouped_fake, lib=_library)
 torch.library.register_fake("flute_kernels::dequantize", _dequantize_fake, lib=_library)
 torch.library.register_fake("flute_kernels::hadamard", _hadamard_fake, lib=_library)
 torch.library.register_autograd(
     "flute_kernels::qgemm", _qgemm_backward, setup_context=_qgemm_setup, lib=_library
+)
+torch.library.register_autograd(
+    "flute_kernels::qgemm_grouped", _no_backward, setup_context=_qgemm_grouped_setup, lib=_library
 )
 torch.library.register_autograd(
     "flute_kernels::hadamard", _hadamard_backward, setup_context=_hadamard_setup, lib=_library

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flute_kernels import ops
-from flute_kernels.checks import DTYPES, check_qgemm
+from flute_kernels.checks import DTYPES, check_qgemm, check_qgemm_grouped
 from flute_kernels.cpu import kernels as cpu
 from flute_kernels.cpu import layout as cpu_layout
 from flute_kernels.cuda import kernels as cuda
@@ -128,6 +128,27 @@ class LutWeight:
             check_qgemm(x, self._packed, bias)
             x = ops.hadamard(x, self._signs, self.spec.hadamard)
         return ops.qgemm(x, *self._packed, bias)
+
+    def linear_grouped(self, x: Tensor, counts: Tensor) -> Tensor:
+        """The product of a mixture of experts whose weights are stacked in this one, expert by expert.
+
+        Args:
+            x: float32, float16 or bfloat16 ``[M, K]``, rows sorted by expert, any strides.
+            counts: int32 ``[experts]`` on the device of ``x``: how many rows each expert has. Rows after
+                those of the last expert give zeros.
+
+        Returns:
+            ``[M, out_features // experts]`` in the dtype of ``x``; not differentiable. Where the weight
+            is rotated, one rotation of ``x`` serves all experts.
+
+        Raises:
+            FormatError, UnsupportedError: see :func:`flute_kernels.ops.qgemm_grouped`.
+        """
+        refuse_forward_mode(x, None)
+        if self._signs is not None:
+            check_qgemm_grouped(x, counts, self._packed)
+            x = ops.hadamard(x, self._signs, self.spec.hadamard)
+        return ops.qgemm_grouped(x, counts, *self._packed)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that :meth:`linear` multiplies with, ``[N, K]``, any rotation undone."""

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from flute_kernels import _C
-from flute_kernels.checks import DTYPES, check_dtype, check_hadamard, check_qgemm
-from flute_kernels.cpu.layout import check_layout
+from flute_kernels.checks import DTYPES, check_dtype, check_hadamard, check_qgemm, check_qgemm_grouped
+from flute_kernels.cpu.layout import BLOCK, check_layout
+from flute_kernels.errors import FormatError
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["dequantize", "hadamard", "plain_qgemm", "qgemm", "weight_handle"]
+__all__ = ["dequantize", "hadamard", "plain_qgemm", "qgemm", "qgemm_grouped", "weight_handle"]
 
 
 def _as_rows(x: Tensor) -> Tensor:
@@ -21,18 +22,30 @@ def _as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def weight_handle(weight: PackedWeight) -> _C.QWeight:
-    """What the compiled kernels know of a weight; it does not keep the tensors alive."""
-    codes, scales, tables, table_of_block, *numbers = weight
+def weight_handle(weight: PackedWeight, rows: range | None = None) -> _C.QWeight:
+    """What the compiled kernels know of a weight; it does not keep the tensors alive.
+
+    Args:
+        rows: those of the weight that are meant, from a multiple of 16 on; all by default.
+    """
+    codes, scales, tables, table_of_block, out_features, *numbers = weight
+    rows = range(out_features) if rows is None else rows
+    block = rows.start // BLOCK
     return _C.QWeight(
-        codes.data_ptr(),
-        scales.data_ptr(),
+        _address(codes, block),
+        _address(scales, block),
         DTYPES[scales.dtype],
         tables.data_ptr(),
-        0 if table_of_block is None else table_of_block.data_ptr(),
+        0 if table_of_block is None else _address(table_of_block, block),
         len(tables),
+        len(rows),
         *numbers,
     )
+
+
+def _address(tensor: Tensor, first: int) -> int:
+    """Of ``tensor[first]``."""
+    return tensor.data_ptr() + first * tensor.stride(0) * tensor.element_size()
 
 
 _threads = torch.get_num_threads
@@ -74,6 +87,44 @@ def _launch_qgemm(
         _threads(),
     )
     return out
+
+
+def qgemm_grouped(x: Tensor, counts: Tensor, *operands: Any) -> Tensor:
+    """Implements ``flute_kernels::qgemm_grouped``: one product for each expert that has rows."""
+    weight, _ = PackedWeight.split(operands)
+    n = check_qgemm_grouped(x, counts, weight)
+    check_layout(weight)
+    numbers = _checked_counts(counts, len(x))
+    x = _as_rows(x)
+    out = torch.empty((len(x), n), dtype=x.dtype)
+    first = 0
+    for expert, count in enumerate(numbers):
+        if count:
+            _C.qgemm_cpu(
+                weight_handle(weight, range(expert * n, (expert + 1) * n)),
+                _address(x, first),
+                count,
+                x.stride(0),
+                DTYPES[x.dtype],
+                0,
+                0,
+                _address(out, first),
+                n,
+                _threads(),
+            )
+            first += count
+    out[first:] = 0
+    return out
+
+
+def _checked_counts(counts: Tensor, rows: int) -> list[int]:
+    numbers: list[int] = counts.tolist()
+    for expert, count in enumerate(numbers):
+        if count < 0:
+            raise FormatError(f"counts[{expert}] is {count}; expected a number of rows, 0 or more.")
+    if sum(numbers) > rows:
+        raise FormatError(f"counts sum up to {sum(numbers)} rows; x has {rows}.")
+    return numbers
 
 
 def dequantize(*operands: Any) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from flute_kernels import _C
-from flute_kernels.checks import DTYPES, check_dtype, check_hadamard, check_qgemm
+from flute_kernels.checks import DTYPES, check_dtype, check_hadamard, check_qgemm, check_qgemm_grouped
+from flute_kernels.cuda.grouped import multiply_grouped
 from flute_kernels.cuda.layout import check_layout, current_stream, pad_rows
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["dequantize", "hadamard", "plain_qgemm", "qgemm", "weight_handle"]
+__all__ = ["dequantize", "hadamard", "plain_qgemm", "qgemm", "qgemm_grouped", "weight_handle"]
 
 _CHUNK_BYTES = 64 << 20
 """Of a dequantized part of a weight, where that leaves it enough rows."""
@@ -86,6 +87,55 @@ def _multiply_fused(handle: _C.QWeight, rows: Tensor, bias: Tensor | None, out: 
     return wanted == 0
 
 
+def qgemm_grouped(x: Tensor, counts: Tensor, *operands: Any) -> Tensor:
+    """Implements ``flute_kernels::qgemm_grouped``."""
+    weight, _ = PackedWeight.split(operands)
+    n = check_qgemm_grouped(x, counts, weight)
+    check_layout(weight)
+    rows, counts, handle = _as_rows(x), counts.contiguous(), weight_handle(weight)
+    out = torch.empty((len(rows), n), dtype=x.dtype, device=x.device)
+    if len(rows) == 0:
+        return out
+    if x.dtype == torch.float32:
+        _warn_of_float32()
+    elif _multiply_grouped_fused(handle, pad_rows(rows), counts, out):
+        return out
+
+    def dequantize_rows(part: Tensor, first: int) -> None:
+        _dequantize_rows(handle, part, first)
+
+    multiply_grouped(rows, counts, out, dequantize_rows)
+    return out
+
+
+def _multiply_grouped_fused(handle: _C.QWeight, rows: Tensor, counts: Tensor, out: Tensor) -> bool:
+    """``out = `` each row times its expert's weight, in one kernel family; False where none serves it."""
+    operands = (
+        handle,
+        rows.data_ptr(),
+        rows.shape[0],
+        rows.stride(0),
+        DTYPES[rows.dtype],
+        counts.data_ptr(),
+        counts.shape[0],
+        out.data_ptr(),
+        out.shape[1],
+    )
+    device, stream = rows.device.index, current_stream(rows.device)
+    wanted = _C.qgemm_grouped_cuda(*operands, 0, device, stream)
+    if wanted > 0:
+        workspace = torch.empty(wanted, dtype=torch.uint8, device=rows.device)
+        wanted = _C.qgemm_grouped_cuda(*operands, workspace.data_ptr(), device, stream)
+    return wanted == 0
+
+
+def _dequantize_rows(handle: _C.QWeight, part: Tensor, first: int) -> None:
+    """Fill ``part`` with the weight's rows from ``first`` on, a multiple of 16."""
+    device = part.device
+    dtype, stream = DTYPES[part.dtype], current_stream(device)
+    _C.dequantize_cuda(handle, part.data_ptr(), dtype, first, len(part), device.index, stream)
+
+
 def _multiply_dequantized(
     handle: _C.QWeight, rows: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> None:
@@ -97,15 +147,7 @@ def _multiply_dequantized(
     part = torch.empty((step, k), dtype=rows.dtype, device=rows.device)
     for first in range(0, n, step):
         count = min(step, n - first)
-        _C.dequantize_cuda(
-            handle,
-            part.data_ptr(),
-            DTYPES[rows.dtype],
-            first,
-            count,
-            rows.device.index,
-            current_stream(rows.device),
-        )
+        _dequantize_rows(handle, part[:count], first)
         torch.mm(rows, part[:count].t(), out=out[:, first : first + count])
     if bias is not None:
         out += bias
@@ -132,15 +174,7 @@ def dequantize(*operands: Any) -> Tensor:
     check_layout(weight)
     device = weight.codes.device
     out = torch.empty((weight.out_features, weight.in_features), dtype=dtype, device=device)
-    _C.dequantize_cuda(
-        weight_handle(weight),
-        out.data_ptr(),
-        DTYPES[dtype],
-        0,
-        out.shape[0],
-        device.index,
-        current_stream(device),
-    )
+    _dequantize_rows(weight_handle(weight), out, 0)
     return out
 
 
