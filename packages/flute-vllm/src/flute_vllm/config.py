@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from flute_kernels import ACTIVATION_DTYPES, FormatError, QuantSpec, UnsupportedError
+from flute_kernels import ACTIVATION_DTYPES, FormatError, QuantSpec
 from flute_kernels import QuantizationConfig as StoredConfig
 from flute_kernels.format import K_MULTIPLE, QUANT_METHOD
 from flute_vllm.linear import FluteLinearMethod
+from flute_vllm.moe import FluteMoEMethod, OnlineFluteMoEMethod
 from flute_vllm.online import OnlineFluteLinearMethod, OnlineOptions
+from flute_vllm.parameters import STORED_DTYPES
 
 __all__ = ["FluteConfig"]
 
@@ -37,6 +41,7 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
         self.stored = stored
         self.online = OnlineOptions.from_environment() if stored is None else None
         self._tied = False
+        self._plain: set[str] = set()
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -63,11 +68,14 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
         self._tied = bool(getattr(text, "tie_word_embeddings", False))
         if self.online is not None:
             self.online = self.online.updated(getattr(hf_config, QUANT_METHOD, None))
+        else:
+            self._plain = _plain_modules(get_safetensors_params_metadata(model_name, revision=revision))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Module names in the checkpoint's config become vLLM's."""
         if self.stored is None:
             return
+        self._plain = set(hf_to_vllm_mapper.apply_list(list(self._plain)))
         names = list(self.stored.overrides)
         renamed = {name: (hf_to_vllm_mapper.apply_list([name]) or [name])[0] for name in names}
         self.stored = StoredConfig(
@@ -84,12 +92,16 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
             if self._tied or self.stored is None:
                 return None  # it is the embedding's matrix; or stays in 16 bits, as heads do by default
             return self._linear_method(layer, [prefix], prefix)
-        if type(layer).__name__ in ("RoutedExperts", "FusedMoE"):
-            raise UnsupportedError(
-                f"{prefix} is a mixture of experts, which flute-vllm cannot run yet. "
-                "A 16-bit checkpoint of the model runs without --quantization flute."
-            )
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
         return None
+
+    def _spec_for(self, name: str) -> QuantSpec | None:
+        """The spec of a matrix, or None where it has 16 bits."""
+        if self.online is not None:
+            return self.online.spec_for(name)
+        assert self.stored is not None
+        return None if name in self._plain else self.stored.spec_for(name)
 
     def _parts(self, prefix: str) -> list[str]:
         """The checkpoint's modules that a layer of vLLM is made of: itself, or q_proj, k_proj and v_proj."""
@@ -98,16 +110,10 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
         return [f"{parent}.{part}" if parent else part for part in parts]
 
     def _linear_method(self, layer: Any, parts: list[str], prefix: str) -> QuantizeMethodBase | None:
-        specs: Mapping[str, QuantSpec | None]
-        if self.stored is not None:
-            specs = {part: self.stored.spec_for(part) for part in parts}
-        else:
-            assert self.online is not None
-            specs = {part: self.online.spec_for(part) for part in parts}
-            k = getattr(layer, "input_size_per_partition", layer.input_size)
-            if k % K_MULTIPLE:
-                _log.warning("%s stays in 16 bits: K = %d is no multiple of %d", prefix, k, K_MULTIPLE)
-                return None
+        k = getattr(layer, "input_size_per_partition", layer.input_size)
+        if self.online is not None and _stays(prefix, k):
+            return None
+        specs = {part: self._spec_for(part) for part in parts}
         wanted = [spec for spec in specs.values() if spec is not None]
         if not wanted:
             return None
@@ -120,3 +126,71 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
         if self.online is not None:
             return OnlineFluteLinearMethod(wanted[0], self.online.method, prefix)
         return FluteLinearMethod(wanted, prefix)
+
+    def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        config = layer.moe_config
+        if self._spec_for(prefix) is None:
+            return None
+        if self.online is not None and _stays(
+            prefix, config.hidden_dim, config.intermediate_size_per_partition
+        ):
+            return None
+        names = {
+            "w13": (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name),
+            "w2": (layer.ckpt_down_proj_name,),
+        }
+        specs = {
+            stack: {
+                name: self._spec_for(name)
+                for expert in range(config.num_logical_experts)
+                for name in (f"{prefix}.{expert}.{matrix}" for matrix in matrices)
+            }
+            for stack, matrices in names.items()
+        }
+        found = {name: spec for of_stack in specs.values() for name, spec in of_stack.items()}
+        left = [name for name, spec in found.items() if spec is None]
+        if len(left) == len(found):
+            return None
+        if left:
+            raise FormatError(
+                f"vLLM runs the experts of {prefix} as one layer, of which {left[0]} is to stay in 16 bits; "
+                "quantize all of them or none."
+            )
+        one = {stack: _common(of_stack) for stack, of_stack in specs.items()}
+        if self.online is not None:
+            return OnlineFluteMoEMethod(layer, one, prefix, self.online.method)
+        return FluteMoEMethod(layer, one, prefix)
+
+
+def _stays(name: str, *columns: int) -> bool:
+    """Whether a layer of a 16-bit checkpoint stays so, because the format has no place for its K."""
+    odd = [k for k in columns if k % K_MULTIPLE]
+    if odd:
+        _log.warning("%s stays in 16 bits: K = %d is no multiple of %d", name, odd[0], K_MULTIPLE)
+    return bool(odd)
+
+
+def _common(specs: Mapping[str, QuantSpec | None]) -> QuantSpec:
+    """The one spec of matrices that become one weight."""
+    first, *others = specs.items()
+    for name, spec in others:
+        if spec != first[1]:
+            raise FormatError(
+                f"{first[0]} is {first[1]}, {name} is {spec}; vLLM runs the gate and up projections of all "
+                "experts as one weight, and the down projections as another, so these must be alike."
+            )
+    assert first[1] is not None
+    return first[1]
+
+
+def _plain_modules(tensors: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """Modules whose weights a quantized checkpoint has in 16 bits, whether its config lists them or not.
+
+    The config names modules as Transformers does, for which routers and experts are no linear layers.
+    """
+    plain = set()
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" or (kind not in STORED_DTYPES and len(tensor.get("shape", ())) > 2):
+            plain.add(module)
+    return plain

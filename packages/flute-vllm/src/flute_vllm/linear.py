@@ -12,7 +12,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 
 from flute_kernels import FluteError, FormatError, QuantSpec
 from flute_kernels.format import PER_ROW
-from flute_vllm.parameters import Loads, StackedParameter, TableParameter
+from flute_vllm.parameters import STORED_DTYPES, Loads, StackedParameter, TableParameter
 from flute_vllm.weight import Matrix, ReadyWeight
 
 __all__ = [
@@ -20,12 +20,10 @@ __all__ = [
     "Partition",
     "PartitionedLinearMethod",
     "attach",
+    "check_columns",
     "loads_dummies",
     "ready",
 ]
-
-_SCALE_DTYPES = (torch.float16, torch.bfloat16)
-_TABLE_DTYPES = (torch.float16, torch.float32)
 
 
 class Partition:
@@ -78,19 +76,19 @@ class Partition:
 
     def check(self, spec: QuantSpec) -> None:
         """Raise FormatError unless this process's columns are whole groups, rotations and words."""
-        spec.check_in_features(self.all_columns)
-        k = self.columns
-        group = 32 if spec.group_size == PER_ROW else spec.group_size
-        for size, what in (
-            (group, "group"),
-            (spec.hadamard or 1, "Hadamard block"),
-            (32, "run of whole words"),
-        ):
-            if k % size:
-                raise FormatError(
-                    f"{self.name}: K = {self.all_columns} over tp = {self.tp_size} processes is {k} each, "
-                    f"which the {what} of g = {size} does not divide."
-                )
+        check_columns(self.name, spec, self.columns, self.all_columns, self.tp_size)
+
+
+def check_columns(name: str, spec: QuantSpec, columns: int, all_columns: int, tp_size: int) -> None:
+    """Raise FormatError unless one process's columns are whole groups, rotations and words."""
+    spec.check_in_features(all_columns)
+    group = 32 if spec.group_size == PER_ROW else spec.group_size
+    for size, what in ((group, "group"), (spec.hadamard or 1, "Hadamard block"), (32, "run of whole words")):
+        if columns % size:
+            raise FormatError(
+                f"{name}: K = {all_columns} over tp = {tp_size} processes is {columns} each, "
+                f"which the {what} of g = {size} does not divide."
+            )
 
 
 class PartitionedLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -163,8 +161,7 @@ class FluteLinearMethod(PartitionedLinearMethod):
                 on_disk[name].append(whole[name])
             on_disk["codebook"].append((None, *whole["codebook"][1:]))
         for name, of_matrices in on_disk.items():
-            dtypes = {"qweight": (torch.int32,), "scales": _SCALE_DTYPES, "codebook": _TABLE_DTYPES}[name]
-            self._loads[name] = Loads(self._name, name, loader, of_matrices, dtypes)
+            self._loads[name] = Loads(self._name, name, loader, of_matrices, STORED_DTYPES[name])
         layer.register_parameter(
             "qweight", StackedParameter(shapes["qweight"], torch.int32, weight_loader=self._loads["qweight"])
         )

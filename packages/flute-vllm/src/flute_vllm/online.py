@@ -19,14 +19,13 @@ from flute_kernels import FormatError, QuantSpec
 from flute_quant import DEFAULT_IGNORE, fit_spec, quantize_tensor
 from flute_quant.patterns import matches
 from flute_vllm.linear import Partition, PartitionedLinearMethod, attach, loads_dummies, ready
-from flute_vllm.parameters import Loads, StackedParameter
+from flute_vllm.parameters import WEIGHT_DTYPES, Loads, StackedParameter
 from flute_vllm.weight import Matrix
 
 __all__ = ["OnlineFluteLinearMethod", "OnlineOptions"]
 
 _log = logging.getLogger("flute_vllm")
 _NUMBERS = ("bits", "group_size", "vector_size", "hadamard", "hadamard_seed")
-_WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class OnlineFluteLinearMethod(PartitionedLinearMethod):
         if note:
             _log.info("%s: %s", self._name, note)
         on_disk: list[tuple[int | None, ...]] = [(rows, part.all_columns) for rows in part.matrix_rows]
-        self._loads = Loads(self._name, "weight", loader, on_disk, _WEIGHT_DTYPES)
+        self._loads = Loads(self._name, "weight", loader, on_disk, WEIGHT_DTYPES)
 
         def load(param: Any, loaded: Tensor, *shard: Any) -> None:
             self._loads(param, loaded, *shard)

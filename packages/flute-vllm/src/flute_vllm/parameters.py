@@ -17,7 +17,23 @@ from vllm.model_executor.parameter import BasevLLMParameter, PerTensorScaleParam
 
 from flute_kernels import FormatError
 
-__all__ = ["Loads", "StackedParameter", "TableParameter"]
+__all__ = [
+    "STORED_DTYPES",
+    "WEIGHT_DTYPES",
+    "Loads",
+    "StackedParameter",
+    "TableParameter",
+    "check_loaded",
+]
+
+STORED_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "qweight": (torch.int32,),
+    "scales": (torch.float16, torch.bfloat16),
+    "codebook": (torch.float16, torch.float32),
+}
+"""Of the tensors that stand for a matrix on disk."""
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Of a matrix before it is quantized."""
 
 
 class StackedParameter(BasevLLMParameter):  # type: ignore[misc]
@@ -129,7 +145,8 @@ class Loads:
         rows = [self.shapes[i][0] for i in matrices]
         known = [r for r in rows if r is not None]
         first = sum(known) if len(known) == len(rows) else None
-        self._check(loaded, (first, *self.shapes[matrices[0]][1:]))
+        shape = (first, *self.shapes[matrices[0]][1:])
+        check_loaded(f"{self.name}: {self.tensor}", loaded, shape, self.dtypes)
         if param.data.dtype != loaded.dtype:
             if self.seen and not isinstance(param, TableParameter):
                 raise FormatError(
@@ -140,18 +157,6 @@ class Loads:
         self.load(param, loaded, *shard)
         self.seen.update(matrices)
 
-    def _check(self, loaded: Tensor, shape: tuple[int | None, ...]) -> None:
-        fits = loaded.ndim == len(shape) and all(
-            e is None or e == f for e, f in zip(shape, loaded.shape, strict=True)
-        )
-        if not fits or loaded.dtype not in self.dtypes:
-            wanted = ", ".join("T" if e is None else str(e) for e in shape)
-            dtypes = " or ".join(_name(dtype) for dtype in self.dtypes)
-            raise FormatError(
-                f"{self.name}: {self.tensor} is {_name(loaded.dtype)} of shape {list(loaded.shape)}; "
-                f"expected {dtypes} [{wanted}]."
-            )
-
     def check_complete(self) -> None:
         """Raise FormatError unless every matrix has come."""
         count = len(self.shapes)
@@ -159,6 +164,21 @@ class Loads:
         if missing:
             of = "" if count == 1 else f" of {missing} of its {count} matrices"
             raise FormatError(f"{self.name}: {self.tensor}{of} is missing from the checkpoint.")
+
+
+def check_loaded(
+    name: str, loaded: Tensor, shape: Sequence[int | None], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raise FormatError unless a tensor of the checkpoint has the shape, of which None is any extent."""
+    fits = loaded.ndim == len(shape) and all(
+        e is None or e == f for e, f in zip(shape, loaded.shape, strict=True)
+    )
+    if not fits or loaded.dtype not in dtypes:
+        wanted = ", ".join("T" if e is None else str(e) for e in shape)
+        raise FormatError(
+            f"{name} is {_name(loaded.dtype)} of shape {list(loaded.shape)}; "
+            f"expected {' or '.join(map(_name, dtypes))} [{wanted}]."
+        )
 
 
 def _name(dtype: torch.dtype) -> str:

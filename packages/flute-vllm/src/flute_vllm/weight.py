@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from flute_kernels import FormatError, LutWeight, QuantizedLinear, QuantSpec, hadamard, qgemm
 from flute_kernels.format import hadamard_signs
+from flute_kernels.packed import PackedWeight
 
-__all__ = ["Matrix", "ReadyWeight"]
+__all__ = ["Matrix", "Packed", "ReadyWeight", "Rotation", "as_one"]
 
 _SEGMENT = 16
 """Rows of one table come in multiples of this where a weight has several."""
@@ -54,7 +55,7 @@ class Matrix:
         return replace(self.spec, hadamard=0, hadamard_seed=0)
 
 
-def _as_one(matrices: Sequence[Matrix]) -> QuantizedLinear | None:
+def as_one(matrices: Sequence[Matrix]) -> QuantizedLinear | None:
     """Matrices on top of each other as one weight, or None where kernels could not tell the tables apart."""
     specs = {m.plain_spec for m in matrices}
     alike = {(m.scales.dtype, m.tables.dtype) for m in matrices}
@@ -73,18 +74,16 @@ def _as_one(matrices: Sequence[Matrix]) -> QuantizedLinear | None:
     return QuantizedLinear(specs.pop(), qweight, scales, codebook)
 
 
-class ReadyWeight(nn.Module):
-    """``x @ W_hat.T + bias`` for the matrices of a layer, in the kernels' layout.
-
-    They are one weight if they can be, else one each, whose results are put side by side.
+class Rotation(nn.Module):
+    """The rotation of the input that matrices share, in this process's columns; none where the block is 0.
 
     Args:
-        matrices: on top of each other. All see the same input, so that rotations must be the same.
+        matrices: all see the same input, so that their rotations must be the same.
         first_column, columns: which columns of the whole matrices the parts have.
         all_columns: of the whole.
 
     Raises:
-        FormatError: rotations differ; a tensor is not as the format says.
+        FormatError: rotations differ.
     """
 
     signs: Tensor | None
@@ -103,9 +102,30 @@ class ReadyWeight(nn.Module):
             signs = hadamard_signs(all_columns, seed)[first_column : first_column + columns]
             signs = signs.to(matrices[0].qweight.device)
         self.register_buffer("signs", signs, persistent=False)
-        one = _as_one(matrices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return hadamard(x, self.signs, self.block) if self.block else x
+
+
+class ReadyWeight(nn.Module):
+    """``x @ W_hat.T + bias`` for the matrices of a layer, in the kernels' layout.
+
+    They are one weight if they can be, else one each, whose results are put side by side.
+
+    Args:
+        matrices: on top of each other.
+        first_column, columns, all_columns: as for :class:`Rotation`.
+
+    Raises:
+        FormatError: rotations differ; a tensor is not as the format says.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], first_column: int, columns: int, all_columns: int) -> None:
+        super().__init__()
+        self.rotation = Rotation(matrices, first_column, columns, all_columns)
+        one = as_one(matrices)
         linears = [one] if one is not None else [_alone(m) for m in matrices]
-        self.parts = [_Packed(LutWeight.from_linear(linear)) for linear in linears]
+        self.parts = [Packed(LutWeight.from_linear(linear)) for linear in linears]
         self.weights = nn.ModuleList(self.parts)
 
     @property
@@ -114,8 +134,7 @@ class ReadyWeight(nn.Module):
         return self.parts[0].codes
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        if self.block:
-            x = hadamard(x, self.signs, self.block)
+        x = self.rotation(x)
         if len(self.parts) == 1:
             return self.parts[0].multiply(x, bias)
         biases: Sequence[Tensor | None] = [None] * len(self.parts)
@@ -125,7 +144,7 @@ class ReadyWeight(nn.Module):
 
 
 def _alone(matrix: Matrix) -> QuantizedLinear:
-    linear = _as_one([matrix])
+    linear = as_one([matrix])
     if linear is None:
         lengths = [rows for rows, _ in matrix.segments()]
         raise FormatError(
@@ -135,7 +154,7 @@ def _alone(matrix: Matrix) -> QuantizedLinear:
     return linear
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """One weight's tensors, as buffers, so that compiled code and graphs know them as inputs."""
 
     codes: Tensor
@@ -152,9 +171,10 @@ class _Packed(nn.Module):
         self.bits, self.vector_size = packed.bits, packed.vector_size
         self.group_size = packed.group_size
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return qgemm(
-            x,
+    @property
+    def operands(self) -> PackedWeight:
+        """What the operators take of a weight."""
+        return PackedWeight(
             self.codes,
             self.scales,
             self.tables,
@@ -164,5 +184,7 @@ class _Packed(nn.Module):
             self.bits,
             self.vector_size,
             self.group_size,
-            bias,
         )
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return qgemm(x, *self.operands, bias)
