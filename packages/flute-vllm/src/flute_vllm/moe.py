@@ -234,6 +234,12 @@ class FluteMoEMethod(_MoEMethod):
         else:
             check_loaded(f"{name}: {tensor}", loaded, whole, self.on_disk[tensor])
             loaded = matrix.part(loaded, matrix.spec.shapes(matrix.rows, matrix.columns)[tensor][1])
+        if tensor != "qweight" and not loaded.isfinite().all():
+            bad = int((~loaded.isfinite()).sum())
+            raise FormatError(
+                f"{name}: {tensor} has {bad} of {loaded.numel()} values that are NaN or infinite; "
+                "expected none."
+            )
         return {tensor: loaded.to(param.device, copy=True).contiguous()}
 
     def _signs(self, matrix: ExpertMatrix) -> tuple[int, int]:

@@ -20,8 +20,9 @@ from vllm.model_executor.layers.linear import (
 
 from flute_kernels import FormatError, QuantizationConfig, QuantizedLinear, QuantSpec
 from flute_quant import quantize_tensor
-from flute_quant.rotation import unrotate
 from flute_vllm.config import FluteConfig
+
+from .models import dequantized as dense
 
 HIDDEN = 256
 
@@ -58,12 +59,6 @@ def stored(rows: int, columns: int, spec: QuantSpec, seed: int) -> QuantizedLine
     """A matrix with a table of its own."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     return quantize_tensor(weight, spec, method="learned")[0]
-
-
-def dense(linear: QuantizedLinear) -> Tensor:
-    weight = linear.dequantize()
-    spec = linear.spec
-    return unrotate(weight, spec.hadamard, spec.hadamard_seed) if spec.hadamard else weight
 
 
 def load(layer: nn.Module, linear: QuantizedLinear, *shard: Any) -> None:
