@@ -88,7 +88,16 @@ def test_unknown_option(engine: Engine, checkpoint: Callable[..., Checkpoint]) -
     refused(engine, source, "'bit'", "bits", quantization="flute", hf_overrides={"flute": {"bit": 3}})
 
 
-def test_mixture_of_experts(engine: Engine, checkpoint: Callable[..., Checkpoint]) -> None:
-    shape = (("num_local_experts", 4), ("num_experts_per_tok", 2))
-    source = checkpoint("mixtral", shape=shape, method="lloyd").source
-    refused(engine, source, "mixture of experts", quantization="flute")
+def test_gate_and_up_of_experts_that_differ(engine: Engine, checkpoint: Callable[..., Checkpoint]) -> None:
+    model = checkpoint("mixtral", experts=(("w3", {"bits": 3}),))
+    name = "model.layers.0.block_sparse_moe.experts.0"
+    refused(engine, model.quantized, f"{name}.w1 is", "bits=4", f"{name}.w3 is", "bits=3", "alike")
+
+
+def test_missing_expert(engine: Engine, checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    folder, name = tmp_path / "damaged", "model.layers.1.mlp.experts.3.up_proj"
+    shutil.copytree(checkpoint("qwen3_moe", experts=()).quantized, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights[f"{name}.scales"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(engine, folder, f"{name}: scales is missing")
