@@ -46,13 +46,14 @@ def route(ids: Tensor, experts: int, expert_map: Tensor | None = None) -> Route:
         experts: of this process.
         expert_map: this process's number of every expert, -1 for one elsewhere; None where all are here.
     """
-    flat = ids.flatten().long()
+    flat = ids.flatten()
     if expert_map is not None:
-        flat = torch.where(flat < 0, flat, expert_map.long()[flat])
+        flat = torch.where(flat < 0, flat, expert_map[flat])
     flat = torch.where(flat < 0, experts, flat)
     expert, order = flat.sort(stable=True)
     # Not bincount, which asks the device how much it found.
-    borders = torch.searchsorted(expert, torch.arange(experts + 1, device=ids.device))
+    numbers = torch.arange(experts + 1, dtype=expert.dtype, device=ids.device)
+    borders = torch.searchsorted(expert, numbers)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=ids.device)
     return Route(order // ids.shape[1], borders.diff().to(torch.int32), place.view(ids.shape))

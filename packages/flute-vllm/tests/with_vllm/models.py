@@ -37,7 +37,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 96,
+        "shared_expert_intermediate_size": 128,
     },
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }

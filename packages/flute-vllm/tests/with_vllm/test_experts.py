@@ -11,8 +11,6 @@ from .models import Checkpoint
 from .serving import Engine, tokens_of_another_process
 
 FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
-TWO = {"tensor_parallel_size": 2}
-BIND = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,14 +77,17 @@ def test_random_weights_for_measuring(
     assert [len(tokens) for tokens in said] == [12, 12, 12]
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe"])
-@pytest.mark.parametrize("expert_parallel", [False, True], ids=["shared experts", "experts elsewhere"])
+@pytest.mark.parametrize(
+    ("family", "expert_parallel"),
+    [("qwen2_moe", False), ("qwen3_moe", True)],
+    ids=["shared experts", "experts elsewhere"],
+)
 def test_two_processes_share_a_model(
     checkpoint: Callable[..., Checkpoint], engine: Engine, family: str, expert_parallel: bool
 ) -> None:
     model = checkpoint(family, experts=())
-    options = {**TWO, "enable_expert_parallel": expert_parallel}
-    said = tokens_of_another_process(model.quantized, BIND, **options)
+    bind, two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, {"tensor_parallel_size": 2}
+    said = tokens_of_another_process(model.quantized, bind, enable_expert_parallel=expert_parallel, **two)
     assert said == engine.tokens(model.twin)
 
 
