@@ -52,6 +52,9 @@ for isa in fk._C.available_isas():
             x, bias = at_the_end(torch.randn(m, k).to(dtype)), at_the_end(torch.randn(n).to(dtype))
             assert fk.qgemm(x, *packed, bias).isfinite().all()
             calls += 1
+            if n % (16 * tables) == 0:
+                counts = at_the_end(torch.tensor([m, *[0] * (tables - 1)], dtype=torch.int32).flip(0))
+                assert fk.qgemm_grouped(x, counts, *packed).isfinite().all()
         fk.dequantize(*packed, torch.float16)
     for block, dtype in itertools.product((2, 8, 32), (torch.float32, torch.float16, torch.bfloat16)):
         x, signs = at_the_end(torch.randn(3, 96).to(dtype)), at_the_end(torch.ones(96))

@@ -113,6 +113,18 @@ def test_an_expert_gives_the_bits_that_it_gives_alone(layer: Layer, dtype: torch
     assert same_bits(out, torch.cat(own).contiguous())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    weight, counts = stacked(SPEC, n=256, k=512).weight, int32([1, 3, 9, 64])
+    x = torch.randn(80, 512).to(dtype)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(weight.linear_grouped(x, counts))
+    assert same_bits(results[0], results[1])
+    assert same_bits(results[0], results[2])
+
+
 def test_any_strides(layer: Layer) -> None:
     counts = int32([2, 0, 3, 4])
     wide, every_other = torch.randn(20, 200), torch.stack([counts, counts], 1)[:, 0]
