@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from flute_hf import FluteConfig
 from flute_kernels import FluteError, FormatError, UnsupportedError
-from flute_quant import QuantizationError
+from flute_quant import QuantizationError, quantize_checkpoint
 
 from .helpers import flute_layers, load, quantized, rewrite, tensors_of
 
@@ -196,3 +196,12 @@ def test_nothing_is_kept_of_a_failed_load(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     assert len(flute_layers(AutoModelForCausalLM.from_pretrained(llama, quantization_config=config))) == 14
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_in_codes(source: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    """Transformers would look for 16-bit experts, find none, and leave theirs uninitialised."""
+    quantize_checkpoint(source(family), tmp_path / "q", experts=True)
+    with pytest.raises(FormatError, match=r"experts\.3\.\w+\.qweight is of one expert") as caught:
+        load(tmp_path / "q")
+    assert "merges with others into model.layers.0.mlp.experts." in str(caught.value)

@@ -262,3 +262,53 @@ def test_importance_by_module_name(checkpoints: Checkpoints, tmp_path: Path) -> 
     a, b = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
     changed = {n for n in a if not torch.equal(a[n], b[n])}
     assert changed == {f"{name}.qweight", f"{name}.scales"}
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "matrix"),
+    [
+        ("mixtral", "model.layers.{}.block_sparse_moe.experts.{}", "w2"),
+        ("qwen3-moe", "model.layers.{}.mlp.experts.{}", "down_proj"),
+    ],
+)
+def test_experts_on_request_one_matrix_after_the_other(
+    checkpoints: Checkpoints, tmp_path: Path, name: str, experts: str, matrix: str
+) -> None:
+    report = quantize_checkpoint(
+        checkpoints(name),
+        tmp_path / "out",
+        QuantSpec(4, 32),
+        experts=True,
+        overrides=[Override.of(f"experts.1.{matrix}", bits=3)],
+        ignore=[f"layers.1.*.experts.*.{matrix}"],
+    )
+    assert report.coverage.fraction > 0.95
+    assert report.coverage.not_covered == ()
+    assert report.coverage.kept[f"{experts.format(1, 3)}.{matrix}"] == "ignored as asked"
+    after = tensors_of(tmp_path / "out")
+    assert f"{experts.format(1, 3)}.{matrix}.weight" in after
+    assert f"{experts.format(0, 3)}.{matrix}.weight" not in after
+    n, k = tensors_of(checkpoints(name))[f"{experts.format(0, 1)}.{matrix}.weight"].shape
+    assert after[f"{experts.format(0, 0)}.{matrix}.qweight"].shape == (n, k * 4 // 32)
+    assert after[f"{experts.format(0, 1)}.{matrix}.qweight"].shape == (n, k * 3 // 32)
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["overrides"] == {f"{experts.format(0, 1)}.{matrix}": {"bits": 3}}
+    again = load_dequantized(tmp_path / "out", dtype=torch.float32).state_dict()
+    before = transformers.AutoModelForCausalLM.from_pretrained(checkpoints(name), dtype=torch.float32)
+    merged = {n: p for n, p in before.state_dict().items() if ".experts." in n}
+    assert len(merged) == 4
+    for parameter, values in merged.items():
+        error = (again[parameter] - values).square().sum() / values.square().sum()
+        assert error < 0.02
+        assert (error == 0) == parameter.endswith("layers.1.mlp.experts.down_proj")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("llama", "no experts"), ("llama4", "model.layers.0.feed_forward.experts.down_proj")],
+)
+def test_experts_that_are_not_stored_one_by_one(
+    checkpoints: Checkpoints, tmp_path: Path, name: str, words: str
+) -> None:
+    with pytest.raises(QuantizationError, match=words):
+        quantize_checkpoint(checkpoints(name), tmp_path / "out", experts=True)

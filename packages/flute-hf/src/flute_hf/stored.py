@@ -85,6 +85,11 @@ class StoredModel:
             found[name] = self._placeholder(stem, spec, linear)
         if stems:
             name, stem = next(iter(stems.items()))
+            if name in dict(model.named_parameters()):
+                raise FormatError(
+                    f"{stem}{_CODES} is of one expert, which Transformers merges with others into {name}; "
+                    "only 16-bit experts can be. vLLM runs such a checkpoint."
+                )
             raise FormatError(
                 f"{stem}{_CODES} belongs to {name}, a {type(model.get_submodule(name)).__name__}; "
                 "expected an nn.Linear."

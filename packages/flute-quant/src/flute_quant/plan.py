@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,10 @@ DEFAULT_IGNORE = (
 
 @dataclass(frozen=True)
 class PlannedLinear:
-    """One linear module that will be quantized.
+    """One linear module, or one matrix of one expert, that will be quantized.
 
     Args:
-        name: as in the model.
+        name: as in the model; of an expert's matrix, as in the checkpoint.
         out_features, in_features: shape of its weight ``[N, K]``.
         spec: what its shape allows of what was asked for.
         note: what was changed, in words, or None.
@@ -79,6 +79,7 @@ def plan_modules(
     ignore: Sequence[str] = (),
     include: Sequence[str] = (),
     overrides: Sequence[Override] = (),
+    experts: Mapping[str, tuple[int, int]] | None = None,
 ) -> QuantizationPlan:
     """Decide for every ``nn.Linear`` of a model; works on the meta device.
 
@@ -89,6 +90,8 @@ def plan_modules(
         include: patterns that win over :data:`DEFAULT_IGNORE` and over what the model wants to keep in 32
             bits (not over ``ignore``).
         overrides: other specs for some modules; the last that matches wins.
+        experts: matrices that the model holds in larger tensors, so that they are no modules of it: name to
+            ``(N, K)``. They are quantized, too, and patterns may name them.
 
     Raises:
         QuantizationError: a pattern that matches nothing, an override that the format lacks, a tied
@@ -100,7 +103,7 @@ def plan_modules(
         # Attention reads this subclass's weight itself instead of calling the module.
         if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     }
-    names = list(linears)
+    names = [*linears, *(experts or ())]
     for option, patterns in (("ignore", ignore), ("include", include)):
         check_patterns(patterns, names, option)
     check_patterns([o.pattern for o in overrides], names, "override")
@@ -109,6 +112,19 @@ def plan_modules(
     tied_names = _tied_names(model)
     sensitive = _sensitive_parts(model)
     planned, kept = [], {}
+
+    def take(name: str, n: int, k: int) -> None:
+        try:
+            wanted = spec_for(name, spec, overrides)
+        except FormatError as error:
+            raise QuantizationError(f"The override for {name}: {error}") from None
+        try:
+            fitting, note = fit_spec(wanted, k)
+        except QuantizationError as error:
+            kept[name] = str(error).rstrip(".")
+            return
+        planned.append(PlannedLinear(name, n, k, fitting, note))
+
     for name, module in linears.items():
         included = any(matches(name, p) for p in include)
         tied = id(module.weight) in embeddings or f"{name}.weight" in tied_names
@@ -126,17 +142,12 @@ def plan_modules(
         elif not included and has_part(f"{name}.weight", sensitive):
             kept[name] = "too sensitive, as its model says"
         else:
-            n, k = module.weight.shape
-            try:
-                wanted = spec_for(name, spec, overrides)
-            except FormatError as error:
-                raise QuantizationError(f"The override for {name}: {error}") from None
-            try:
-                fitting, note = fit_spec(wanted, k)
-            except QuantizationError as error:
-                kept[name] = str(error).rstrip(".")
-                continue
-            planned.append(PlannedLinear(name, n, k, fitting, note))
+            take(name, *module.weight.shape)
+    for name, (n, k) in (experts or {}).items():
+        if any(matches(name, p) for p in ignore):
+            kept[name] = "ignored as asked"
+        else:
+            take(name, n, k)
     if not planned:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(kept.items())[:3])
         raise QuantizationError(

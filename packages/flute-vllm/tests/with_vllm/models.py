@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from flute_kernels import QuantizationConfig, QuantizedLinear, QuantSpec
-from flute_quant import load_dequantized, quantize_checkpoint, quantize_tensor
-from flute_quant.patterns import matches
+from flute_kernels import QuantizedLinear, QuantSpec
+from flute_quant import load_dequantized, quantize_checkpoint
 from flute_quant.rotation import unrotate
 
 CONFIGS = {
@@ -41,7 +37,6 @@ EXPERTS: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }
-EXPERT = re.compile(r"(.*\.experts\.\d+\.(\w+))\.weight")
 SHAPE = {
     "vocab_size": 96,
     "hidden_size": 128,
@@ -75,7 +70,7 @@ def make_checkpoint(
     include: tuple[str, ...] = (),
     overrides: tuple[Any, ...] = (),
     shape: tuple[tuple[str, Any], ...] = (),
-    experts: tuple[tuple[str, dict[str, int]], ...] | None = None,
+    experts: bool = False,
     **spec: int,
 ) -> Checkpoint:
     """A random model, quantized with tables of each matrix's own.
@@ -83,9 +78,8 @@ def make_checkpoint(
     Args:
         folder: where its folders go.
         family: of :data:`CONFIGS`.
-        method, include, overrides: as ``quantize_checkpoint`` takes them.
+        method, include, overrides, experts: as ``quantize_checkpoint`` takes them.
         shape: what differs from :data:`SHAPE`.
-        experts: None leaves those of a mixture in 16 bits; else which of them differ in what from ``spec``.
         spec: of ``QuantSpec``; 4 bits in groups of 32 by default.
     """
     made = Checkpoint(folder / "source", folder / "quantized", folder / "twin")
@@ -97,50 +91,19 @@ def make_checkpoint(
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)  # Transformers starts them at zero, which would hide them
     model.save_pretrained(made.source)
-    wanted = QuantSpec(**{"bits": 4, "group_size": 32, **spec})
     quantize_checkpoint(
         made.source,
         made.quantized,
-        wanted,
+        QuantSpec(**{"bits": 4, "group_size": 32, **spec}),
         method=method,
         include=include,
         overrides=overrides,
+        experts=experts,
         dtype="keep",
         min_coverage=0.0,
     )
     load_dequantized(made.quantized, dtype=torch.float32).save_pretrained(made.twin)
-    if experts is not None:
-        _quantize_experts(made, wanted, method, experts)
     return made
-
-
-def _quantize_experts(
-    made: Checkpoint, spec: QuantSpec, method: str, changes: tuple[tuple[str, dict[str, int]], ...]
-) -> None:
-    """The experts, which the quantizer leaves in 16 bits so far, in the format of every other matrix."""
-    files = [folder / "model.safetensors" for folder in (made.quantized, made.twin)]
-    quantized, twin = (load_file(file) for file in files)
-    overrides = {}
-    for tensor, weight in list(quantized.items()):
-        found = EXPERT.fullmatch(tensor)
-        if found is None:
-            continue
-        own = spec
-        for pattern, changed in changes:
-            if matches(found[1], pattern):
-                own = overrides[found[1]] = replace(spec, **changed)
-        linear, _ = quantize_tensor(weight, own, method=method)
-        del quantized[tensor]
-        quantized.update({f"{found[1]}.{name}": t for name, t in linear.to_tensors().items()})
-        twin[tensor] = dequantized(linear)
-    for file, tensors in zip(files, (quantized, twin), strict=True):
-        save_file(tensors, file, metadata={"format": "pt"})
-    file = made.quantized / "config.json"
-    config = json.loads(file.read_text())
-    stored = QuantizationConfig.from_dict(config["quantization_config"])
-    stored = replace(stored, overrides={**stored.overrides, **overrides})
-    config["quantization_config"] = stored.to_dict()
-    file.write_text(json.dumps(config))
 
 
 def dequantized(linear: QuantizedLinear) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from flute_quant import Override
+
 from .models import Checkpoint
 from .serving import Engine, tokens_of_another_process
 
@@ -15,7 +17,7 @@ FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(checkpoint: Callable[..., Checkpoint], engine: Engine, family: str) -> None:
-    model = checkpoint(family, experts=())
+    model = checkpoint(family, experts=True)
     said = engine.tokens(model.quantized)
     assert said == engine.tokens(model.twin)
     assert said != engine.tokens(checkpoint(family).quantized)  # whose experts have 16 bits: they matter
@@ -33,12 +35,17 @@ def test_experts_left_in_16_bits(checkpoint: Callable[..., Checkpoint], engine: 
         {"bits": 3, "group_size": 64},
         {"bits": 2, "vector_size": 2, "method": "lloyd-pairs"},
         {"hadamard": 32, "hadamard_seed": 5},
-        {"experts": (("w2", {"bits": 3, "hadamard": 64}), ("layers.1.*", {"group_size": 64}))},
+        {
+            "overrides": (
+                Override.of("layers.0.*.w2", bits=3, hadamard=64),
+                Override.of("layers.1.*", group_size=64),
+            )
+        },
     ],
     ids=["3 bits", "pairs", "rotated", "mixed"],
 )
 def test_formats(checkpoint: Callable[..., Checkpoint], engine: Engine, options: dict[str, Any]) -> None:
-    model = checkpoint("mixtral", **{"experts": (), **options})
+    model = checkpoint("mixtral", **{"experts": True, **options})
     assert engine.tokens(model.quantized) == engine.tokens(model.twin)
 
 
@@ -46,7 +53,7 @@ def test_formats(checkpoint: Callable[..., Checkpoint], engine: Engine, options:
 def test_quantized_while_they_load(
     checkpoint: Callable[..., Checkpoint], engine: Engine, family: str
 ) -> None:
-    model = checkpoint(family, method="lloyd", bits=3, experts=())
+    model = checkpoint(family, method="lloyd", bits=3, experts=True)
     options = {"bits": 3, "group_size": 32, "method": "lloyd"}
     online = engine.tokens(model.source, quantization="flute", hf_overrides={"flute": options})
     assert online == engine.tokens(model.quantized)
@@ -69,7 +76,7 @@ def test_experts_that_a_user_leaves_out(checkpoint: Callable[..., Checkpoint], e
 def test_random_weights_for_measuring(
     checkpoint: Callable[..., Checkpoint], engine: Engine, quantized: bool
 ) -> None:
-    model = checkpoint("mixtral", experts=())
+    model = checkpoint("mixtral", experts=True)
     if quantized:
         said = engine.tokens(model.quantized, load_format="dummy")
     else:
@@ -85,13 +92,13 @@ def test_random_weights_for_measuring(
 def test_two_processes_share_a_model(
     checkpoint: Callable[..., Checkpoint], engine: Engine, family: str, expert_parallel: bool
 ) -> None:
-    model = checkpoint(family, experts=())
+    model = checkpoint(family, experts=True)
     bind, two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, {"tensor_parallel_size": 2}
     said = tokens_of_another_process(model.quantized, bind, enable_expert_parallel=expert_parallel, **two)
     assert said == engine.tokens(model.twin)
 
 
 def test_compiled(checkpoint: Callable[..., Checkpoint], engine: Engine) -> None:
-    model = checkpoint("qwen2_moe", hadamard=32, experts=())
+    model = checkpoint("qwen2_moe", hadamard=32, experts=True)
     said = tokens_of_another_process(model.quantized, {}, enforce_eager=False)
     assert said == engine.tokens(model.quantized)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flute_kernels import FormatError, UnsupportedError
+from flute_quant import Override
 
 from .models import Checkpoint
 from .serving import Engine
@@ -89,14 +90,14 @@ def test_unknown_option(engine: Engine, checkpoint: Callable[..., Checkpoint]) -
 
 
 def test_gate_and_up_of_experts_that_differ(engine: Engine, checkpoint: Callable[..., Checkpoint]) -> None:
-    model = checkpoint("mixtral", experts=(("w3", {"bits": 3}),))
+    model = checkpoint("mixtral", experts=True, overrides=(Override.of("w3", bits=3),))
     name = "model.layers.0.block_sparse_moe.experts.0"
     refused(engine, model.quantized, f"{name}.w1 is", "bits=4", f"{name}.w3 is", "bits=3", "alike")
 
 
 def test_missing_expert(engine: Engine, checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> None:
     folder, name = tmp_path / "damaged", "model.layers.1.mlp.experts.3.up_proj"
-    shutil.copytree(checkpoint("qwen3_moe", experts=()).quantized, folder)
+    shutil.copytree(checkpoint("qwen3_moe", experts=True).quantized, folder)
     weights = load_file(folder / "model.safetensors")
     del weights[f"{name}.scales"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

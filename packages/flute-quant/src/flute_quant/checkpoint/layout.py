@@ -143,12 +143,13 @@ def plan_folder(
     overrides: Sequence[Override] = (),
     dtype: str = "auto",
     scale_dtype: torch.dtype = torch.float16,
+    experts: bool = False,
 ) -> CheckpointPlan:
     """Lay out the quantized form of a checkpoint; reads its headers, none of its weights.
 
     Raises:
         CheckpointError: already quantized, unknown to Transformers, a tensor missing or of another shape.
-        QuantizationError: nothing to quantize, an unknown option.
+        QuantizationError: nothing to quantize, an unknown option, no experts where they are asked for.
     """
     if dtype not in DTYPE_OPTIONS:
         raise QuantizationError(f"dtype is {dtype!r}; supported are {', '.join(DTYPE_OPTIONS)}.")
@@ -161,8 +162,17 @@ def plan_folder(
         )
     chosen = resolve_method(method, spec)
     model = build_structure(folder.path, folder.config, len(folder.location))
-    plan = plan_modules(model, spec, ignore=ignore, include=include, overrides=overrides)
     names = parameter_names(model, folder.location)
+    matrices = _expert_matrices(folder, model, names) if experts else {}
+    plan = plan_modules(
+        model,
+        spec,
+        ignore=ignore,
+        include=include,
+        overrides=overrides,
+        experts={t.removesuffix(".weight"): shape for t, shape in matrices.items()},
+    )
+    names.update({t: t for t in matrices})  # what the model calls the tensor that they are parts of is lost
     linears = _linear_tensors(folder, plan, names)
     cast = _cast_to(folder, dtype)
     buffers = set(model.state_dict()) - {n for n, _ in model.named_parameters(remove_duplicate=False)}
@@ -180,6 +190,23 @@ def plan_folder(
     config = _output_config(folder.config, cast, plan.config(chosen.name))
     coverage = _coverage(folder, model, plan, names, linears, ignore)
     return CheckpointPlan(folder, chosen, plan, shards, coverage, config)
+
+
+def _expert_matrices(
+    folder: CheckpointFolder, model: nn.Module, names: dict[str, str | None]
+) -> dict[str, tuple[int, int]]:
+    """Weights of single experts ``[N, K]``, which the model merges into tensors of three dimensions."""
+    merged = {n for n, p in model.named_parameters(remove_duplicate=False) if p.ndim == 3}
+    tensors = {t: folder.tensor(t) for t, name in names.items() if name in merged}
+    found = {
+        t: (stored.shape[0], stored.shape[1])
+        for t, stored in tensors.items()
+        if len(stored.shape) == 2 and stored.is_float and t.endswith(".weight")
+    }
+    if not found:
+        why = f"{next(iter(tensors))} holds those of a whole layer" if tensors else "it has no experts"
+        raise QuantizationError(f"{folder.path} has no tensors of single experts to quantize: {why}.")
+    return found
 
 
 def _linear_tensors(

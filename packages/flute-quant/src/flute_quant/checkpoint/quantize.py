@@ -120,6 +120,7 @@ def plan_checkpoint(
     overrides: Sequence[Override] = (),
     dtype: str = "auto",
     scale_dtype: torch.dtype = torch.float16,
+    experts: bool = False,
 ) -> Iterator[CheckpointPlan]:
     """What :func:`quantize_checkpoint` would do, as a context; arguments and errors as there.
 
@@ -140,6 +141,7 @@ def plan_checkpoint(
             overrides=overrides,
             dtype=dtype,
             scale_dtype=scale_dtype,
+            experts=experts,
         )
 
 
@@ -154,6 +156,7 @@ def quantize_checkpoint(
     overrides: Sequence[Override] = (),
     dtype: str = "auto",
     scale_dtype: torch.dtype = torch.float16,
+    experts: bool = False,
     device: str | torch.device = "cpu",
     min_coverage: float = _DEFAULT_COVERAGE,
     overwrite: bool = False,
@@ -178,6 +181,8 @@ def quantize_checkpoint(
             casts a 32-bit model to bfloat16, ``"keep"`` casts nothing, ``"bfloat16"`` and
             ``"float16"`` cast all floating-point parameters.
         scale_dtype: float16 or bfloat16.
+        experts: whether to quantize the experts of a mixture, too, each of their matrices by itself. vLLM
+            runs them; Transformers, which merges them, does not.
         device: where weights are quantized.
         min_coverage: least fraction of the parameters outside of embeddings that must be quantized.
         overwrite: replace ``dst`` if it holds a FLUTE checkpoint.
@@ -210,6 +215,7 @@ def quantize_checkpoint(
         "overrides": tuple(overrides),
         "dtype": dtype,
         "scale_dtype": scale_dtype,
+        "experts": experts,
     }
     kind = resolve_importance(importance, chosen)
     # An ordinary folder is checked as far as its headers go before anything is written.

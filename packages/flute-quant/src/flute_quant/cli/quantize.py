@@ -97,6 +97,11 @@ def add_parser(commands: Any) -> None:
         help="quantize heads or routers after all; may be repeated",
     )
     p.add_argument(
+        "--experts",
+        action="store_true",
+        help="quantize the experts of a mixture, too: for vLLM, Transformers cannot load the result",
+    )
+    p.add_argument(
         "--dtype",
         default="auto",
         choices=DTYPE_OPTIONS,
@@ -127,6 +132,7 @@ def _run(options: argparse.Namespace) -> int:
         "overrides": [parse_override(text) for text in options.override],
         "dtype": options.dtype,
         "scale_dtype": getattr(torch, options.scale_dtype),
+        "experts": options.experts,
     }
     importance = options.importance
     if importance not in IMPORTANCE_OPTIONS and importance.endswith(".safetensors"):
