@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from flute_kernels import FormatError, QuantSpec, UnsupportedError, dequantize, qgemm_grouped
+from flute_kernels import FormatError, LutWeight, QuantSpec, UnsupportedError, dequantize, qgemm_grouped
 from flute_kernels.cuda.grouped import multiply_grouped
 
 from .helpers import (
@@ -274,3 +274,79 @@ def test_parts_of_the_weight_join(layer: Layer, monkeypatch: pytest.MonkeyPatch)
 def test_counts_that_lie_read_nothing_beyond_x(layer: Layer, counts: list[int]) -> None:
     """An index beyond a tensor would raise."""
     assert by_tiles(layer, torch.randn(20, K), counts).isfinite().all()
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------
+
+
+def on_gpu(layer: Layer) -> LutWeight:
+    return LutWeight.from_linear(layer.stored, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:x is float32")
+class TestOnGpu:
+    @pytest.mark.parametrize("tables", [1, EXPERTS, 2 * EXPERTS], ids="{} tables".format)
+    @pytest.mark.parametrize("group_size", GROUP_SIZES)
+    @pytest.mark.parametrize(("bits", "vector_size"), BITS_AND_VECTORS)
+    def test_every_spec(self, bits: int, vector_size: int, group_size: int, tables: int) -> None:
+        spec = QuantSpec(bits=bits, group_size=group_size, vector_size=vector_size)
+        layer = stacked(spec, n=64, k=256, tables=tables)
+        counts = [2, 0, 19, 7]
+        for dtype in DTYPES:
+            x = torch.randn(sum(counts), 256).to(dtype)
+            out = on_gpu(layer).linear_grouped(x.cuda(), int32(counts).cuda())
+            assert out.dtype == dtype
+            assert_near(out.cpu(), expected(x, counts, layer.dense))
+
+    @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+    @pytest.mark.parametrize("rest", [0, 1, 6])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_whoever_has_the_rows(self, counts: list[int], rest: int, dtype: torch.dtype) -> None:
+        layer = stacked(QuantSpec(bits=4, group_size=64), n=48, k=320, tables=EXPERTS)
+        x = torch.randn(sum(counts) + rest, 320).to(dtype)
+        x[sum(counts) :] = float("nan")
+        out = on_gpu(layer).linear_grouped(x.cuda(), int32(counts).cuda()).cpu()
+        assert_near(out, expected(x, counts, layer.dense))
+        assert (out[sum(counts) :] == 0).all()
+
+    @pytest.mark.parametrize(("experts", "rows"), [(8, 16), (8, 3000), (64, 500), (128, 64)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_sizes_of_real_models(self, experts: int, rows: int, dtype: torch.dtype) -> None:
+        layer = stacked(QuantSpec(bits=4, group_size=128), n=512, k=1024, experts=experts, tables=experts)
+        borders = sorted(torch.randint(0, rows + 1, (experts - 1,)).tolist())
+        counts = [b - a for a, b in zip([0, *borders], [*borders, rows], strict=True)]
+        x = torch.randn(rows, 1024).to(dtype)
+        out = on_gpu(layer).linear_grouped(x.cuda(), int32(counts).cuda())
+        assert_near(out.cpu(), expected(x, counts, layer.dense))
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_the_host_waits_for_nothing_and_a_graph_takes_other_counts(self, dtype: torch.dtype) -> None:
+        layer = stacked(QuantSpec(bits=4, group_size=64), n=48, k=320, tables=EXPERTS)
+        weight, x = on_gpu(layer), torch.randn(40, 320).to(dtype)
+        given, counts = x.cuda(), int32([10, 10, 10, 10]).cuda()
+        weight.linear_grouped(given, counts)  # what happens once has happened
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = weight.linear_grouped(given, counts)
+        for other in ([40, 0, 0, 0], [1, 2, 3, 4], [0, 20, 0, 20]):
+            counts.copy_(int32(other))
+            graph.replay()
+            assert_near(out.cpu(), expected(x, other, layer.dense))
+
+    @pytest.mark.parametrize("counts", [[9, 0, -3, 2], [50, 50, 50, 50], [-(2**31)] * 4, [2**31 - 1] * 4])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_counts_that_lie_end_nothing(self, counts: list[int], dtype: torch.dtype) -> None:
+        weight = on_gpu(stacked(QuantSpec(bits=4, group_size=64), n=48, k=320))
+        weight.linear_grouped(torch.randn(20, 320).to(dtype).cuda(), int32(counts).cuda())
+        torch.cuda.synchronize()
+
+    def test_rotation_no_rows_and_opcheck(self) -> None:
+        layer = stacked(QuantSpec(bits=4, group_size=32, hadamard=32, hadamard_seed=3), tables=EXPERTS)
+        weight, counts, x = on_gpu(layer), [3, 0, 2, 5], torch.randn(12, K)
+        out = weight.linear_grouped(x.cuda(), int32(counts).cuda())
+        turned = rotated(x, layer.stored.signs(), 32)
+        assert_near(out.cpu(), expected(turned, counts, layer.dense))
+        nothing = weight.linear_grouped(x[:0].cuda(), int32([0] * EXPERTS).cuda())
+        assert nothing.shape == (0, N)
+        torch.library.opcheck(OP, (x.half().cuda(), int32(counts).cuda(), *operands(weight)))

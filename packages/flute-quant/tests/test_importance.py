@@ -259,7 +259,7 @@ def test_modules_that_no_token_reaches_are_guessed(tmp_path: Path) -> None:
     assert report.importance == "random tokens"
     assert report.importance_note is not None
     assert report.importance_note.startswith(f"{GUESSED} for 8 of 15 linears, such as model.vision_tower")
-    assert report.importance_note.endswith("which no random token reached.")
+    assert report.importance_note.endswith("of which random tokens showed no inputs.")
 
 
 def test_a_module_that_is_no_transformers_model_is_guessed() -> None:

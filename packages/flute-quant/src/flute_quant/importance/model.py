@@ -73,6 +73,6 @@ def measured_importance(
     if missed:
         note = (
             f"The importance of input channels was guessed from the weights' columns for {len(missed)} of "
-            f"{len(linears)} linears, such as {missed[0]}, which no random token reached."
+            f"{len(linears)} linears, such as {missed[0]}, of which random tokens showed no inputs."
         )
     return ChannelImportance("random tokens" if values else "columns", values, columns=True, note=note)
