@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.fused_moe import MoEActivation, RoutedExperts
+from vllm.model_executor.layers.fused_moe import (
+    MoEActivation,
+    RoutedExperts,
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.fused_moe.config import (
     FusedMoEConfig,
     FusedMoEParallelConfig,
@@ -245,6 +249,25 @@ def test_quantized_while_they_load(size: int, expert_parallel: bool, fused: bool
     ref = expected(dense, x, weights, ids)
     assert (total - ref).norm() < 0.2 * ref.norm()
     assert [name for name, _ in layer.named_parameters()] == []
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"gate_up_proj": [EXPERTS, 2 * INNER, HIDDEN], "down_proj": [EXPERTS, HIDDEN, INNER]},
+        {f"{e}.{name}.weight": list(shape) for e in range(EXPERTS) for name, shape in MATRICES.items()},
+    ],
+    ids=["fused on disk", "apart on disk"],
+)
+def test_16_bit_experts_of_a_quantized_checkpoint(
+    shapes: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config does not name them, since they are no linear layers; its files do."""
+    headers = {f"m.experts.{name}": {"dtype": "BF16", "shape": shape} for name, shape in shapes.items()}
+    monkeypatch.setattr("flute_vllm.config.get_safetensors_params_metadata", lambda *_, **__: headers)
+    config = stored_config()
+    config.maybe_update_config("a folder")
+    assert type(make(config).quant_method) is UnquantizedFusedMoEMethod
 
 
 # --- refusals ---------------------------------------------------------------------------------------
