@@ -109,7 +109,11 @@ def qgemm_grouped(x: Tensor, counts: Tensor, *operands: Any) -> Tensor:
 
 
 def _multiply_grouped_fused(handle: _C.QWeight, rows: Tensor, counts: Tensor, out: Tensor) -> bool:
-    """``out = `` each row times its expert's weight, in one kernel family; False where none serves it."""
+    """``out = `` each row times its expert's weight, in one kernel family; False where none serves it.
+
+    It fills all of ``out``, with zeros below the last expert's rows; whatever ``counts`` say, it touches
+    nothing else.
+    """
     operands = (
         handle,
         rows.data_ptr(),
