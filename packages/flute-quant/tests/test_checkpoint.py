@@ -305,7 +305,7 @@ def test_experts_on_request_one_matrix_after_the_other(
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("llama", "no experts"), ("llama4", "model.layers.0.feed_forward.experts.down_proj")],
+    [("llama", "has no merged ones"), ("llama4", "model.layers.0.feed_forward.experts.down_proj")],
 )
 def test_experts_that_are_not_stored_one_by_one(
     checkpoints: Checkpoints, tmp_path: Path, name: str, words: str

@@ -204,7 +204,11 @@ def _expert_matrices(
         if len(stored.shape) == 2 and stored.is_float and t.endswith(".weight")
     }
     if not found:
-        why = f"{next(iter(tensors))} holds those of a whole layer" if tensors else "it has no experts"
+        why = (
+            f"{next(iter(tensors))} holds those of a whole layer"
+            if tensors
+            else "its model has no merged ones"
+        )
         raise QuantizationError(f"{folder.path} has no tensors of single experts to quantize: {why}.")
     return found
 
