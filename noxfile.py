@@ -254,20 +254,25 @@ def sanitize(session: nox.Session) -> None:
     env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor's bounds are then known
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         sanitizer = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
-        tests = ("packages/flute-kernels/tests/test_cuda.py", "-k", "representative")
+        files = (
+            "packages/flute-kernels/tests/test_cuda.py",
+            "packages/flute-kernels/tests/test_qgemm_grouped.py",
+        )
+        tests = (*files, "-m", "gpu", "-k", "representative")
         session.run(*sanitizer, python, "-m", "pytest", "-q", *tests, env=env, external=True)
 
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Measure: ``nox -s bench -- cpu`` for CPU kernels and whole models, ``-- gpu`` for GPU kernels."""
+    """Measure: ``nox -s bench -- cpu`` for CPU kernels and whole models, ``-- gpu`` or ``-- gpu-experts``."""
     what, *rest = session.posargs or ["cpu"]
-    if what == "gpu":
+    on_gpu = {"gpu": "linears.py", "gpu-experts": "experts.py"}
+    if what in on_gpu:
         install(session, "matplotlib", settings=("-C", "cmake.define.FLUTE_CUDA_ARCHITECTURES=native"))
-        run(session, "python", "benchmarks/gpu/linears.py", *rest)
+        run(session, "python", f"benchmarks/gpu/{on_gpu[what]}", *rest)
         return
     if what != "cpu":
-        session.error(f"{what!r} is not a benchmark; there are cpu and gpu.")
+        session.error(f"{what!r} is not a benchmark; there are cpu, {', '.join(on_gpu)}.")
     install(session, "-r", "examples/requirements.txt")
     run(session, "python", "benchmarks/cpu_linears.py", *rest)
     run(session, "python", "benchmarks/generation.py", *rest)

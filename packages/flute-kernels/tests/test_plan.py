@@ -77,7 +77,8 @@ def test_hopper_every_row_and_column_has_a_block(n: int, k: int, m: int, multipr
         assert p["blocks"] == sets * p["parts"]
         assert p["parts"] <= -(-k // 64)  # none is idle
     else:
-        assert shared == 0 or p["blocks"] < shared < 2 * p["blocks"]
+        few = p["waves"] == 0 and shared < p["blocks"]
+        assert shared == 0 or few or p["blocks"] < shared < 2 * p["blocks"]
 
 
 @given(tables=st.integers(1, 12), tiles=st.integers(1, 64))
@@ -102,11 +103,16 @@ def test_hopper_every_multiprocessor_has_work() -> None:
             assert 96 <= plan90(n, k, m)["blocks"] <= 132, (n, k, m)
 
 
-def test_hopper_blocks_of_few_sets_are_clusters_where_all_run_at_once() -> None:
-    p = plan90(4096, 4096, 64)  # 32 clusters of three
-    assert (p["blocks"], p["parts"], p["cluster"]) == (96, 3, True)
-    p = plan90(4096, 14336, 32)  # 32 clusters of four would not fit: pieces meet in memory
+def test_hopper_few_sets_have_several_blocks_each() -> None:
+    p = plan90(4096, 4096, 64)  # 32 clusters of four would not fit: pieces meet in memory
     assert (p["blocks"], p["parts"], p["cluster"]) == (128, 4, False)
+    p = plan90(4096, 14336, 512)  # 64 clusters of two do
+    assert (p["blocks"], p["parts"], p["cluster"]) == (128, 2, True)
+
+
+def test_hopper_nearly_as_many_sets_as_multiprocessors_are_shared_by_all() -> None:
+    p = plan90(6144, 4096, 256)  # 96 sets
+    assert (p["blocks"], p["parts"], p["waves"]) == (132, 1, 0)
 
 
 def test_hopper_many_sets_are_shared_so_that_all_blocks_end_together() -> None:
@@ -115,9 +121,8 @@ def test_hopper_many_sets_are_shared_so_that_all_blocks_end_together() -> None:
     assert p["waves"] == p["groups"] // 132 - 1  # the rest, between one and two sets a block, is divided
 
 
-def test_hopper_workspace_beside_the_image_of_x_stays_small() -> None:
+def test_hopper_workspace_stays_small() -> None:
     for n, k in ((4096, 4096), (28672, 4096), (57344, 8192), (8192, 28672)):
         for m in (17, 64, 128, 1024):
             p = plan90(n, k, m)
-            image = p["column_blocks"] * p["columns"] * -(-k // 128) * 256
-            assert p["workspace_bytes"] - image <= 17 << 20, (n, k, m, p)
+            assert p["workspace_bytes"] <= 17 << 20, (n, k, m, p)

@@ -146,6 +146,16 @@ Gpu gpu_of(int device) {
 
 // 0: done. More: bytes of workspace that the call wants, being made without; then nothing was launched.
 // -1: no fused kernel serves the problem, for which there is always dequantizing.
+int64_t run_cuda(const QgemmProblem& problem) {
+  const Room* room = find_room(Device::cuda, problem);
+  if (!room) return -1;
+  if (!problem.workspace) {
+    if (const int64_t bytes = room->workspace_bytes(problem)) return bytes;
+  }
+  raise_if_refused(room->launch(problem));
+  return 0;
+}
+
 int64_t qgemm_cuda(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int dtype, uintptr_t bias,
                    int bias_dtype, uintptr_t out, int64_t ldo, uintptr_t workspace, int device,
                    uintptr_t stream) {
@@ -162,13 +172,29 @@ int64_t qgemm_cuda(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, i
                              pointer(workspace),
                              gpu_of(device),
                              pointer(stream)};
-  const Room* room = find_room(Device::cuda, problem);
-  if (!room) return -1;
-  if (!workspace) {
-    if (const int64_t bytes = room->workspace_bytes(problem)) return bytes;
-  }
-  raise_if_refused(room->launch(problem));
-  return 0;
+  return run_cuda(problem);
+}
+
+// The same of a mixture of experts, whose weight has theirs one below the other: counts is their rows of x.
+int64_t qgemm_grouped_cuda(const QWeight& weight, uintptr_t x, int64_t m, int64_t ldx, int dtype,
+                           uintptr_t counts, int64_t experts, uintptr_t out, int64_t ldo, uintptr_t workspace,
+                           int device, uintptr_t stream) {
+  const QgemmProblem problem{weight,
+                             address(x),
+                             m,
+                             ldx,
+                             static_cast<DType>(dtype),
+                             nullptr,
+                             DType::f32,
+                             pointer(out),
+                             ldo,
+                             0,
+                             pointer(workspace),
+                             gpu_of(device),
+                             pointer(stream),
+                             experts,
+                             static_cast<const int32_t*>(address(counts))};
+  return run_cuda(problem);
 }
 
 void dequantize_cuda(const QWeight& weight, uintptr_t out, int dtype, int64_t first_row, int64_t rows,
@@ -233,7 +259,7 @@ nb::dict plan_sm90(int64_t n, int64_t k, int bits, int64_t group, int64_t tables
   out["waves"] = plan.waves;
   out["parts"] = plan.parts;
   out["cluster"] = plan.is_cluster;
-  out["workspace_bytes"] = plan.image_bytes + plan.pieces_bytes + plan.written_bytes;
+  out["workspace_bytes"] = plan.pieces_bytes + plan.written_bytes;
   return out;
 }
 
@@ -262,6 +288,7 @@ NB_MODULE(_C, m) {
   m.def("dequantize_cpu", &dequantize_cpu);
   m.def("hadamard_cpu", &hadamard_cpu);
   m.def("qgemm_cuda", &qgemm_cuda);
+  m.def("qgemm_grouped_cuda", &qgemm_grouped_cuda);
   m.def("dequantize_cuda", &dequantize_cuda);
   m.def("hadamard_cuda", &hadamard_cuda);
   m.def("pack_cuda", &pack_cuda);

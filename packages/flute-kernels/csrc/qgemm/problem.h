@@ -37,6 +37,10 @@ struct QgemmProblem {
   void* workspace;  // at least workspace_bytes(problem), aligned to 64
   Gpu gpu;          // CUDA, with the stream below
   void* stream;
+  // A mixture of experts: the weight is theirs, one below the other, and the first counts[0] rows of x are for the
+  // first of them, the next counts[1] for the second. Rows of x that are nobody's become zeros in out, [M, N/experts].
+  int64_t experts = 1;
+  const int32_t* counts = nullptr;  // [experts], where x is; null: all rows are for the one expert
 };
 
 struct DequantizeProblem {

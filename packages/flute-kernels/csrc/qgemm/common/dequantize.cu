@@ -28,11 +28,12 @@ struct Unit {
 
   __device__ __forceinline__ void load(const Args& a, int64_t unit, int64_t tile, int lane) {
     const uint32_t* in = a.codes + (unit * a.tiles + tile) * (32 * kBits);
+    const int place = place_of_run(kBits, lane);
     if constexpr (kBits == 4) {
-      const uint4 four = *reinterpret_cast<const uint4*>(in + 4 * lane);
+      const uint4 four = *reinterpret_cast<const uint4*>(in + 4 * place);
       words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
     } else {
-      const uint2 two = *reinterpret_cast<const uint2*>(in + 2 * lane);
+      const uint2 two = *reinterpret_cast<const uint2*>(in + 2 * place);
       words[0] = two.x, words[1] = two.y;
       if constexpr (kBits == 3) words[2] = in[64 + lane];
     }

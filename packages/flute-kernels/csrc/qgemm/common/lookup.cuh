@@ -88,16 +88,16 @@ __device__ __forceinline__ uint32_t fourth_word(const uint32_t (&words)[4]) {
   return (words[0] >> 6 & 0x03030303u) | (words[1] >> 4 & 0x0c0c0c0cu) | (words[2] >> 2 & 0x30303030u);
 }
 
-// The A fragments of the two products of K half h, from a lane's words of a unit.
-template <int kBits>
-__device__ __forceinline__ void look_up(uint32_t (&a)[2][4], const uint32_t (&words)[4], int h,
-                                        uint32_t offset) {
+// The A fragments of the two products of K half h, from a lane's words of a unit. In fragment q, register 2p + r has
+// row half r of the low (p = 0) or high columns: pair i = 2q + p.
+template <int kBits, int h>
+__device__ __forceinline__ void look_up(uint32_t (&a)[2][4], const uint32_t (&words)[4], uint32_t offset) {
   if constexpr (kBits == 2) {
-    load_entry(a[0][0], a[0][2], table_address<0>(words[h], offset));
-    load_entry(a[1][0], a[1][2], table_address<1>(words[h], offset));
-    load_entry(a[0][1], a[0][3], table_address<2>(words[h], offset));
-    load_entry(a[1][1], a[1][3], table_address<3>(words[h], offset));
-  } else {
+    load_entry(a[0][0], a[0][1], table_address<h>(words[0], offset));
+    load_entry(a[0][2], a[0][3], table_address<2 + h>(words[0], offset));
+    load_entry(a[1][0], a[1][1], table_address<h>(words[1], offset));
+    load_entry(a[1][2], a[1][3], table_address<2 + h>(words[1], offset));
+  } else if constexpr (kBits == 3) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t word = words[2 * h + r];
@@ -105,6 +105,12 @@ __device__ __forceinline__ void look_up(uint32_t (&a)[2][4], const uint32_t (&wo
       load_entry(a[0][2 + r], table_address<1>(word, offset));
       load_entry(a[1][r], table_address<2>(word, offset));
       load_entry(a[1][2 + r], table_address<3>(word, offset));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      load_entry(a[i / 2][i % 2 * 2], table_address<2 * h>(words[i], offset));
+      load_entry(a[i / 2][i % 2 * 2 + 1], table_address<2 * h + 1>(words[i], offset));
     }
   }
 }

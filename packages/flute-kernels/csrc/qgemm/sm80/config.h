@@ -16,6 +16,7 @@ struct Config {
   int warps_k, warps_n;
   int depth;     // units of codes on their way to a warp
   int resident;  // blocks that share a multiprocessor, given the registers
+  int grouped;   // 1: for mixtures of experts
 };
 
 constexpr Config kConfigs[] = {
@@ -44,9 +45,12 @@ struct Params {
   int64_t ldx, ldo;
   int n, m;
   int tiles, units;
-  int tiles_per_table;
+  int tiles_per_segment;  // rows of one table and one expert
+  int segments_per_table, table_count;
   int group_shift;  // log2 of units per scale
   int bias_dtype;
+  const int32_t* counts;  // of a mixture of experts
+  int experts, segments_per_expert;
 };
 
 }  // namespace flute::sm80

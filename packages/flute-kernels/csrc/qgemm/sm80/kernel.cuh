@@ -25,6 +25,7 @@
 #include "core/convert.cuh"
 #include "core/early.cuh"
 #include "core/mma.cuh"
+#include "qgemm/common/experts.cuh"
 #include "qgemm/common/layout.h"
 #include "qgemm/common/loads.cuh"
 #include "qgemm/common/lookup.cuh"
@@ -32,9 +33,17 @@
 
 namespace flute::sm80 {
 
+// Rows of x that are nobody's: zeros.
+template <int kThreads>
+__device__ __forceinline__ void write_zeros(const Params& p, int first) {
+  for (int m = first + blockIdx.y; m < p.m; m += gridDim.y) {
+    for (int n = threadIdx.x; n < p.n; n += kThreads) p.out[m * p.ldo + n] = 0;
+  }
+}
+
 // kGroup: of scales, 32, or 64 for all above. S: the scales' type.
 template <int kBits, class T, class S, int kGroup, int kColumns, int kTiles, int kWarpsK, int kWarpsN,
-          int kDepth, int kResident>
+          int kDepth, int kResident, int kGrouped>
 __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     kernel(const __grid_constant__ Params p) {
   constexpr int kThreads = kWarpsK * kWarpsN * 32;
@@ -45,23 +54,43 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_k = warp % kWarpsK, warp_n = warp / kWarpsK;
-  const int column0 = blockIdx.x * kColumns, table = blockIdx.z;
-  // A table's last blocks move back until they are whole: some rows are then made twice, alike.
+  int column0 = blockIdx.x * kColumns, end = p.m, segment = blockIdx.z;
+  if constexpr (kGrouped) {
+    // Whose columns these are, the kernel before says. There are more blocks than any mixture needs; the last one has
+    // none, and sees to the rows of x that are nobody's.
+    wait_for_predecessor();
+    int expert = -1;
+    const Rows all = for_each_expert(p.counts, p.experts, p.m, kColumns, [&](const Rows& of) {
+      const int block = blockIdx.x;
+      if (block < of.first_block || block >= of.end_block) return;
+      expert = of.expert, column0 = of.begin + (block - of.first_block) * kColumns, end = of.end;
+    });
+    const unsigned found = __ballot_sync(0xffffffff, expert >= 0);
+    if (found == 0) {
+      if (blockIdx.x + 1 == gridDim.x && blockIdx.z == 0) write_zeros<kThreads>(p, all.end);
+      return;
+    }
+    const int finder = __ffs(found) - 1;
+    column0 = __shfl_sync(0xffffffff, column0, finder), end = __shfl_sync(0xffffffff, end, finder);
+    segment += __shfl_sync(0xffffffff, expert, finder) * p.segments_per_expert;
+  }
+  // A segment's last blocks move back until they are whole: some rows are then made twice, alike.
   const auto first_tile = [&](int group) {
     const int wanted = (blockIdx.y * kWarpsN + group) * kTiles;
-    return table * p.tiles_per_table + min(wanted, p.tiles_per_table - kTiles);
+    return segment * p.tiles_per_segment + min(wanted, p.tiles_per_segment - kTiles);
   };
   const int tile0 = first_tile(warp_n);
 
   if (table_is_elsewhere()) __trap();
   Table<kBits, T, kThreads> entries;
+  const int table = kGrouped ? segment / p.segments_per_table : segment;
   entries.load(static_cast<const float2*>(p.tables) + table * (1 << (2 * kBits)));
 
   // This warp's units are warp_k, warp_k + kWarpsK, ...: a block reads K front to back. All pointers move
   // by the same stride from one to the next, since kWarpsK units are always whole groups.
   const int64_t code_step = int64_t{p.tiles} * kUnitWords * kWarpsK;
-  const uint32_t* codes =
-      p.codes + (int64_t{warp_k} * p.tiles + tile0) * kUnitWords + lane * (kBits == 4 ? 4 : 2);
+  const uint32_t* codes = p.codes + (int64_t{warp_k} * p.tiles + tile0) * kUnitWords +
+                          layout::place_of_run(kBits, lane) * (kBits == 4 ? 4 : 2);
   const int64_t scale_step = int64_t{p.tiles} * (8 * kScales) * (kWarpsK >> p.group_shift);
   const uint32_t* scales =
       p.scales + (int64_t{warp_k >> p.group_shift} * p.tiles + tile0) * (8 * kScales) + g * kScales;
@@ -98,8 +127,8 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
 #pragma unroll
   for (int j = 0; j < kFragments; ++j) {
     const int m = column0 + 8 * j + g;
-    has_row[j] = m < p.m;
-    x[j] = p.x + min(m, p.m - 1) * p.ldx + warp_k * layout::kUnit + 8 * t;
+    has_row[j] = m < end;
+    x[j] = p.x + min(m, end - 1) * p.ldx + warp_k * layout::kUnit + 8 * t;
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2][j][i % 2] = make_uint4(0, 0, 0, 0);
   }
@@ -134,8 +163,8 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
         if constexpr (kBits == 3) words[3] = fourth_word(words);
         // All lookups of the tile first: its registers are then free for the next unit's codes.
         uint32_t a[2][2][4];
-        look_up<kBits>(a[0], words, 0, bank);
-        look_up<kBits>(a[1], words, 1, bank);
+        look_up<kBits, 0>(a[0], words, bank);
+        look_up<kBits, 1>(a[1], words, bank);
         load_words(d, r, more);
         float part[kFragments][4] = {};
 #pragma unroll
@@ -171,7 +200,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
-      if (column0 + 8 * j + 2 * t >= p.m) continue;
+      if (column0 + 8 * j + 2 * t >= end) continue;
       float (&s)[4] = sum[r][j];
       parts[warp_k * kParts + ((warp_n * kTiles + r) * kFragments + j) * 32 + lane] =
           make_float4(s[0], s[1], s[2], s[3]);
@@ -181,14 +210,15 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   for (int id = threadIdx.x; id < kParts; id += kThreads) {
     const int j = id / 32 % kFragments, tile = id / 32 / kFragments;
     const int m = column0 + 8 * j + 2 * t;
-    if (m >= p.m) continue;
+    if (m >= end) continue;
     float4 total = parts[id];
 #pragma unroll
     for (int w = 1; w < kWarpsK; ++w) {
       const float4 part = parts[w * kParts + id];
       total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
     }
-    const int row = (first_tile(tile / kTiles) + tile % kTiles) * layout::kTile + g;
+    const int above = kGrouped ? segment / p.segments_per_expert * p.n : 0;  // rows of other experts
+    const int row = (first_tile(tile / kTiles) + tile % kTiles) * layout::kTile + g - above;
     T* const out = reinterpret_cast<T*>(p.out);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -196,7 +226,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
       if (n >= p.n) break;
       const float bias = p.bias ? load_float(p.bias, n, static_cast<DType>(p.bias_dtype)) : 0.f;
       out[m * p.ldo + n] = from_float<T>((half ? total.z : total.x) + bias);
-      if (m + 1 < p.m) out[(m + 1) * p.ldo + n] = from_float<T>((half ? total.w : total.y) + bias);
+      if (m + 1 < end) out[(m + 1) * p.ldo + n] = from_float<T>((half ? total.w : total.y) + bias);
     }
   }
 }

@@ -1,6 +1,7 @@
 #include "qgemm/sm80/plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "qgemm/common/layout.h"
 #include "qgemm/sm80/config.h"
@@ -45,11 +46,11 @@ double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, co
 
 Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
   const int64_t tiles_per_table = layout::tiles_per_table(w);
-  Plan best{-1, 0, 0, 0};
+  Plan best;
   double least = 0;
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
-    if (c.tiles > tiles_per_table) continue;
+    if (c.grouped || c.tiles > tiles_per_table) continue;
     if ((c.columns > 8) != (m > 8)) continue;
     if (ceil_div(tiles_per_table, c.tiles * c.warps_n) > kMostBlocks) continue;
     Plan plan;
@@ -58,6 +59,31 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     plan.row_blocks = static_cast<int>(plan.blocks_per_table * w.table_count);
     plan.column_blocks = static_cast<int>(ceil_div(m, c.columns));
     const double cost = clocks(c, w, m, plan, gpu);
+    if (best.config < 0 || cost < least) best = plan, least = cost;
+  }
+  return best;
+}
+
+Plan make_grouped_plan(const QWeight& w, int64_t m, int64_t experts, const Gpu& gpu) {
+  const layout::Segments segments = layout::segments(w, experts);
+  const int64_t active = std::clamp<int64_t>(m, 1, experts);
+  const double rows = static_cast<double>(m) / active;  // of an expert that has some
+  Plan best;
+  double least = 0;
+  for (int i = 0; i < kConfigCount; ++i) {
+    const Config& c = kConfigs[i];
+    if (!c.grouped || c.tiles > segments.tiles) continue;
+    Plan plan;
+    plan.config = i;
+    plan.blocks_per_table = static_cast<int>(ceil_div(segments.tiles, c.tiles * c.warps_n));
+    if (plan.blocks_per_table > kMostBlocks || segments.per_expert > kMostBlocks) continue;
+    plan.row_blocks = static_cast<int>(plan.blocks_per_table * segments.per_expert);
+    plan.column_blocks = static_cast<int>(m / c.columns + experts + 1);
+    // Of those that have work, experts share the blocks of columns that their rows fill.
+    Plan busy = plan;
+    busy.column_blocks =
+        static_cast<int>(active * std::max<int64_t>(1, std::llround(rows / c.columns + 0.5)));
+    const double cost = clocks(c, w, c.columns, busy, gpu);
     if (best.config < 0 || cost < least) best = plan, least = cost;
   }
   return best;

@@ -12,8 +12,18 @@ namespace flute::sm80 {
 // grid could be too large.
 constexpr int64_t kMostRows = 128, kMostWeightRows = 65535 * layout::kTile;
 
+namespace {
+
+Plan plan_of(const QgemmProblem& p) {
+  return p.counts ? make_grouped_plan(p.weight, p.m, p.experts, p.gpu) : make_plan(p.weight, p.m, p.gpu);
+}
+
+}  // namespace
+
 bool supports(const QgemmProblem& p) {
-  return p.gpu.capability >= 80 && p.dtype != DType::f32 && p.m <= kMostRows && p.weight.n <= kMostWeightRows;
+  if (p.gpu.capability < 80 || p.dtype == DType::f32) return false;
+  if (p.counts) return p.m <= kMostRows * p.experts && plan_of(p).config >= 0;  // as many for each of them
+  return p.m <= kMostRows && p.weight.n <= kMostWeightRows;
 }
 
 int64_t workspace_bytes(const QgemmProblem&) { return 0; }
@@ -21,7 +31,8 @@ int64_t workspace_bytes(const QgemmProblem&) { return 0; }
 Status launch(const QgemmProblem& p) {
   if (p.m == 0) return {};
   const QWeight& w = p.weight;
-  const Plan plan = make_plan(w, p.m, p.gpu);
+  const Plan plan = plan_of(p);
+  const layout::Segments segments = layout::segments(w, p.experts);
   const Config& config = kConfigs[plan.config];
   Params params{static_cast<const uint32_t*>(w.codes),
                 static_cast<const uint32_t*>(w.scales),
@@ -31,20 +42,26 @@ Status launch(const QgemmProblem& p) {
                 p.bias,
                 p.ldx,
                 p.ldo,
-                static_cast<int>(w.n),
+                static_cast<int>(w.n / p.experts),
                 static_cast<int>(p.m),
                 static_cast<int>(layout::tiles(w.n)),
                 static_cast<int>(layout::units(w.k)),
-                static_cast<int>(layout::tiles_per_table(w)),
+                static_cast<int>(segments.tiles),
+                static_cast<int>(segments.per_table),
+                static_cast<int>(w.table_count),
                 layout::group_shift(w),
-                static_cast<int>(p.bias_dtype)};
+                static_cast<int>(p.bias_dtype),
+                p.counts,
+                static_cast<int>(p.experts),
+                static_cast<int>(segments.per_expert)};
   void* arguments[] = {&params};
   const DeviceGuard guard(p.gpu.device);
   // Blocks that differ in x alone are neighbours: they share codes in the L2 cache. No index needs a division.
-  return flute::launch({kernel_for(p, plan.config), static_cast<unsigned>(plan.column_blocks),
-                        static_cast<unsigned>(plan.blocks_per_table), static_cast<unsigned>(w.table_count),
-                        config.warps_k * config.warps_n * 32, shared_bytes(config)},
-                       arguments, p.gpu.device, p.stream);
+  return flute::launch(
+      {kernel_for(p, plan.config), static_cast<unsigned>(plan.column_blocks),
+       static_cast<unsigned>(plan.blocks_per_table), static_cast<unsigned>(segments.per_expert),
+       config.warps_k * config.warps_n * 32, shared_bytes(config)},
+      arguments, p.gpu.device, p.stream);
 }
 
 }  // namespace flute::sm80

@@ -7,30 +7,49 @@
 
 namespace flute::sm90 {
 
+// Lane 4g + t takes pair t of each of the four runs of row g (common/layout.h), so that products read x as it lies in
+// memory. Of run i, words[i] has that pair for all halves of rows and of K: four bytes at 4 bits, two at 2 bits. At 3
+// bits, whole runs come, four lanes reading the same, and the three words gathered from them are laid out like a run's,
+// with run i in byte i.
 template <int kBits, int kGroup, int kSlabs>
-struct Codes {
+class Codes {
+ public:
   static constexpr int kScales = layout::scales_per_unit(kGroup);  // of a slab's unit
-
-  uint32_t bank, codes_at, scales_at;  // the latter from the beginning of a stage
-  uint32_t words[kSlabs][4];
 
   // `shared_base`: an address that names the block in its cluster. `warp_tile`: of the warp's first slab.
   __device__ __forceinline__ Codes(const Stage& stage, uint32_t shared_base, int warp_tile, int lane)
-      : bank(kept((shared_base & 0xff000000) + (kBits == 2 ? lane % 16 * 8 : lane * 4))),
-        codes_at(kept(stage.x + warp_tile * (128 * kBits) + lane * (kBits == 4 ? 16 : 8))),
-        scales_at(kept(stage.x + stage.codes() + (warp_tile * 8 + lane / 4) * (4 * kScales))),
-        third_word_(256 - lane * 4) {}
+      : bank_(kept((shared_base & 0xff000000) + (kBits == 2 ? lane % 16 * 8 : lane * 4))),
+        scales_at_(kept(stage.x + stage.codes() + (warp_tile * 8 + lane / 4) * (4 * kScales))) {
+    const int codes = stage.x + warp_tile * (128 * kBits), g = lane / 4, t = lane % 4;
+    if constexpr (kBits == 3) {
+      at_[0] = kept(codes + 32 * g);
+      at_[1] = kept(codes + 256 + 16 * g);
+      pick_ = kept(0x40 + 0x11 * t);  // byte t of two words
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        at_[i] = kept(codes + layout::place_of_run(kBits, 4 * g + i) * (4 * kBits) + kBits * t);
+    }
+  }
 
-  // The words of all slabs, of unit u of the stage at `data`.
+  // What all slabs need of unit u of the stage at `data`.
   __device__ __forceinline__ void load(const Stage& stage, uint32_t data, int u) {
 #pragma unroll
     for (int r = 0; r < kSlabs; ++r) {
-      const uint32_t at = data + codes_at + u * stage.unit_codes + r * (4 * 128 * kBits);
-      if constexpr (kBits == 4) {
-        load_shared(words[r], at);
+      const uint32_t unit = data + u * stage.unit_codes + r * (4 * 128 * kBits);
+      if constexpr (kBits == 3) {
+        load_shared(runs_[r][0], unit + at_[0]);
+        load_shared(runs_[r][1], unit + at_[0] + 16);
+        load_shared(runs_[r][2], unit + at_[1]);
       } else {
-        load_shared(words[r][0], words[r][1], at);
-        if constexpr (kBits == 3) load_shared(words[r][2], at + third_word_);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (kBits == 4) {
+            load_shared(words_[r][i], unit + at_[i]);
+          } else {
+            load_shared_half(words_[r][i], unit + at_[i]);
+          }
+        }
       }
     }
   }
@@ -38,18 +57,46 @@ struct Codes {
   // Scale s of slab r, of line u of the stage at `data`: those of rows g and g + 8.
   __device__ __forceinline__ void load_scale(uint32_t& to, const Stage& stage, uint32_t data, int u, int r,
                                              int s) const {
-    load_shared(to, data + scales_at + (stage.scale_lines > 1 ? u * stage.scale_line : 0) +
+    load_shared(to, data + scales_at_ + (stage.scale_lines > 1 ? u * stage.scale_line : 0) +
                         r * (4 * 32 * kScales) + 4 * s);
   }
 
   // Half h of slab r.
   __device__ __forceinline__ void look_up(uint32_t (&a)[2][4], int r, int h) {
-    if (kBits == 3 && h == 0) words[r][3] = fourth_word(words[r]);
-    flute::look_up<kBits>(a, words[r], h, bank);
+    if (kBits == 3 && h == 0) gather(words_[r], runs_[r]);
+    if (h == 0) {
+      look_up_half<0>(a, words_[r]);
+    } else {
+      look_up_half<1>(a, words_[r]);
+    }
   }
 
  private:
-  uint32_t third_word_;
+  template <int h>
+  __device__ __forceinline__ void look_up_half(uint32_t (&a)[2][4], const uint32_t (&words)[4]) const {
+    if constexpr (kBits == 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        load_entry(a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1], table_address<h>(words[i], bank_));
+    } else {
+      flute::look_up<kBits, h>(a, words, bank_);
+    }
+  }
+
+  // runs: words 0 and 1 of lanes 0 and 1; of lanes 2 and 3; word 2 of the four.
+  __device__ __forceinline__ void gather(uint32_t (&words)[4], const uint32_t (&runs)[3][4]) const {
+    const auto four = [&](uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
+      return __byte_perm(__byte_perm(w0, w1, pick_), __byte_perm(w2, w3, pick_), 0x5410);
+    };
+    words[0] = four(runs[0][0], runs[0][2], runs[1][0], runs[1][2]);
+    words[1] = four(runs[0][1], runs[0][3], runs[1][1], runs[1][3]);
+    words[2] = four(runs[2][0], runs[2][1], runs[2][2], runs[2][3]);
+    words[3] = fourth_word(words);
+  }
+
+  uint32_t bank_, scales_at_, at_[kBits == 3 ? 2 : 4],
+      pick_ = 0;  // scales and codes: from the beginning of a stage
+  uint32_t words_[kSlabs][4], runs_[kSlabs][3][4];
 };
 
 }  // namespace flute::sm90

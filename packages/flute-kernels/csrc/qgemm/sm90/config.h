@@ -13,6 +13,7 @@ struct Config {
   int columns;     // 32, 48, 64, 96, 128, 192, 256
   int warpgroups;  // of four warps that multiply
   int slabs;       // of 64 rows, that a warpgroup multiplies in turn
+  int grouped;     // 1: for mixtures of experts
 };
 
 constexpr Config kConfigs[] = {
@@ -36,8 +37,8 @@ FLUTE_BOTH constexpr int threads(const Config& c) {
   return 128 * c.warpgroups + (shares_registers(c) ? 128 : 32);
 }
 
-// Shared memory of a block: the table, barriers, and a ring of stages. A stage holds what the block multiplies of
-// stage_units units of K: the image of x, which a product wants at a multiple of 1024, then codes and scales. Two
+// Shared memory of a block: the table, barriers, whose rows are whose, and a ring of stages. A stage holds what the block multiplies of
+// stage_units units of K: x, which a product wants at a multiple of 1024, then codes and scales. Two
 // units, as a barrier, a step of the ring and a scale then serve 128 weights of a row; one where x takes so much that
 // there would be two stages in all.
 FLUTE_BOTH constexpr int stage_units(const Config& c) { return c.columns > 128 ? 1 : 2; }
@@ -68,37 +69,69 @@ struct Stage {
 constexpr int kMostOfCluster = 4;  // blocks
 
 constexpr int kBarrierBytes = 1024;
+constexpr int kMostExperts = 1023;
+FLUTE_BOTH constexpr int experts_bytes(const Config& c) { return c.grouped ? 2 * 4 * (kMostExperts + 1) : 0; }
 constexpr int kSharedBytes = 227 * 1024;  // that a block can have on compute capability 9.0
 constexpr int kMostStages = 8;
 
-FLUTE_BOTH constexpr int stages(const Stage& stage) {
-  const int fit = (kSharedBytes - layout::kTableBytes - kBarrierBytes) / stage.bytes();
+FLUTE_BOTH constexpr int before_stages(const Config& c) {
+  return layout::kTableBytes + kBarrierBytes + experts_bytes(c);
+}
+FLUTE_BOTH constexpr int stages(const Stage& stage, const Config& c) {
+  const int fit = (kSharedBytes - before_stages(c)) / stage.bytes();
   return fit < kMostStages ? fit : kMostStages;
 }
-FLUTE_BOTH constexpr int shared_bytes(const Stage& stage) {
-  return layout::kTableBytes + kBarrierBytes + stages(stage) * stage.bytes();
+FLUTE_BOTH constexpr int shared_bytes(const Stage& stage, const Config& c) {
+  return before_stages(c) + stages(stage, c) * stage.bytes();
 }
 
+// How sets and their stages of K are divided among blocks: schedule.cuh.
+struct Division {
+  int waves;         // of sets that blocks multiply whole, before they share the others
+  int shared_sets;   // those others
+  int parts;         // blocks of each set, if there are few; 1 where blocks share runs of sets
+  int sharers;       // blocks that do, or parts
+  int share, extra;  // stages of each of them; the first `extra` have one more
+  int begins_joins;  // whether an item that joins a piece begins with it, as it came long before
+};
+
+FLUTE_BOTH constexpr Division division(int sets, int stages, int blocks, int parts, int waves) {
+  const int shared_sets = parts > 1 ? sets : sets - waves * blocks;
+  const int run = parts > 1 ? stages : shared_sets * stages;
+  // Not more pieces of a set than can be added up soon.
+  const int sharers = parts > 1 ? parts : shared_sets * 4 < blocks ? shared_sets * 4 : blocks;
+  const int share = sharers > 0 ? run / sharers : 0;
+  return {
+      waves, shared_sets, parts, sharers, share, run - share * sharers, parts == 1 && shared_sets >= blocks};
+}
+
+// What the copy engine wants to know of a matrix: driver API, CUtensorMap.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
 struct Params {
+  TensorMap x;  // in boxes of kUnit along K and a block's columns
   const uint32_t* codes;
   const uint32_t* scales;  // pairs: rows g and g + 8
   const void* tables;      // float pairs
-  const void* image;       // of x
   void* pieces;            // sums of part of K, on their way to the block that adds them up: join.cuh
-  int* written;            // by block and warp, whether its piece is there; zero at first
+  uint64_t* written;       // by block and warp, `token` while its piece is there and not yet read
+  uint64_t token;          // of this launch, like no other's
   uint16_t* out;
   const void* bias;
   int64_t ldo;
   int n, m;
   int tiles, units;
-  int tiles_per_table, groups_per_table;
+  int tiles_per_segment, groups_per_segment;  // rows of one table and one expert
+  int segments_per_table, table_count;
   int column_blocks;
-  int stores_fours;  // whether four neighbours of a row of out can be written at once
-  int waves;         // of sets that blocks multiply whole, before they share the others: schedule.cuh
-  int shared_sets;   // those others
-  int parts;         // blocks of each set, if there are few; 1 where blocks share runs of sets
-  int is_cluster;    // whether the parts of a set run at the same time and see each other's shared memory
-  int group_shift;   // log2 of units per scale
+  int stores_fours;   // whether four neighbours of a row of out can be written at once
+  int is_cluster;     // whether the parts of a set run at the same time and see each other's shared memory
+  Division division;  // of a mixture of experts, all but `parts` is for the kernel to find out
+  const int32_t* counts;
+  int experts, segments_per_expert;
+  int group_shift;  // log2 of units per scale
   int bias_dtype;
 };
 

@@ -13,7 +13,7 @@ template <class T, int kThreads, int kSlabs, int kFragments>
 __device__ __forceinline__ void join_in_cluster(const Params& p, const float (&sum)[kSlabs][kFragments][4],
                                                 int part, const Place& place, uint32_t scratch) {
   constexpr int kCount = kSlabs * kFragments;
-  const int parts = p.parts;
+  const int parts = p.division.parts;
   const uint32_t at = scratch + threadIdx.x * 16;
 #pragma unroll
   for (int f = 0; f < kCount; ++f)
@@ -41,26 +41,27 @@ __device__ __forceinline__ void join_in_cluster(const Params& p, const float (&s
 
 // Pieces that meet in memory. A block writes at most one. Warps of the same place in their blocks hand them over to each
 // other.
+//
+// That a piece is there, a word for each block that wants it says, by holding this launch's token. Nothing clears the
+// words before: they are of 64 bits, and tokens come from a generator whose numbers do not repeat and mean nothing
+// elsewhere, so that what lay there before is not one. Only a CUDA graph launches with the same token again; so whoever
+// has read a piece clears its word.
 template <int kThreads, int kSlabs, int kFragments>
 class Pieces {
  public:
   using Sums = float[kSlabs][kFragments][4];
 
-  __device__ __forceinline__ explicit Pieces(const Params& p) : p_(p) {}
+  __device__ __forceinline__ explicit Pieces(const Params& p) : p_(p), lane_(threadIdx.x % 32) {}
 
+  // For one block that will join it.
   __device__ __forceinline__ void write(const Sums& sum, int block) const {
-#pragma unroll
-    for (int f = 0; f < kCount; ++f) {
-      const float (&v)[4] = sum[f / kFragments][f % kFragments];
-      *at(block, f) = make_float4(v[0], v[1], v[2], v[3]);
-    }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) publish(written(block));
+    store(sum, block);
+    if (lane_ == 0) publish(word(block, 0), p_.token);
   }
 
   // The piece, or, where there is none to begin with, zeros. All at once, into the registers where they stay.
   __device__ __forceinline__ void begin_with(Sums& sum, bool has_piece, int block) const {
-    if (has_piece) wait(block);
+    if (has_piece) wait(lane_ == 0, word(block, 0));
 #pragma unroll
     for (int f = 0; f < kCount; ++f)
       load_or_zero(sum[f / kFragments][f % kFragments], at(block, f), has_piece);
@@ -72,9 +73,9 @@ class Pieces {
                             : kCount % 6 == 0 ? 6
                                               : 4;  // loads under way, as registers allow
     static_assert(kCount % kAtOnce == 0);
+    wait(lane_ <= last - first, word(first + lane_, 0));
 #pragma unroll 1
     for (int block = first; block <= last; ++block) {
-      wait(block);
 #pragma unroll
       for (int begin = 0; begin < kCount; begin += kAtOnce) {
         float4 v[kAtOnce];
@@ -89,21 +90,74 @@ class Pieces {
     }
   }
 
+  // For more than two parts: each block adds up, and writes, a share of the fragments. (With two, it takes longer to write
+  // both pieces than to add up one.)
+  template <class T>
+  __device__ __forceinline__ void join(const Sums& sum, int block, const Place& place) const {
+    const int parts = p_.division.parts, part = block % parts, first = block - part;
+    store(sum, block);
+    const bool has_other = lane_ < parts && lane_ != part;
+    if (has_other) publish(word(block, lane_), p_.token);
+    wait(has_other, word(first + lane_, part));
+    constexpr int kAtOnce = 4;
+    const int end = kCount * (part + 1) / parts;
+#pragma unroll 1
+    for (int begin = kCount * part / parts; begin < end; begin += kAtOnce) {
+      float total[kAtOnce][4] = {};
+#pragma unroll 1
+      for (int other = 0; other < parts; other += kAtOnce) {
+        float v[kAtOnce][kAtOnce][4];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+          for (int f = 0; f < kAtOnce; ++f)
+            load_or_zero(v[i][f], at(first + other + i, begin + f), other + i < parts && begin + f < end);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+          for (int f = 0; f < kAtOnce; ++f) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) total[f][c] += v[i][f][c];
+          }
+        }
+      }
+#pragma unroll
+      for (int f = 0; f < kAtOnce; ++f) {
+        const int r = (begin + f) / kFragments, j = (begin + f) % kFragments;
+        if (begin + f < end) write_out<T>(p_, total[f], load_bias(p_, place, r), place, r, j);
+      }
+    }
+  }
+
  private:
   static constexpr int kCount = kSlabs * kFragments;
 
   __device__ __forceinline__ float4* at(int block, int fragment) const {
     return static_cast<float4*>(p_.pieces) + (int64_t{block} * kCount + fragment) * kThreads + threadIdx.x;
   }
-  __device__ __forceinline__ int* written(int block) const {
-    return p_.written + block * (kThreads / 32) + threadIdx.x / 32;
+  // Of this warp's piece of a block, for part `reader` of the set, or, where pieces have one reader, for that.
+  __device__ __forceinline__ uint64_t* word(int block, int reader) const {
+    return p_.written + (block * p_.division.parts + reader) * (kThreads / 32) + threadIdx.x / 32;
   }
-  __device__ __forceinline__ void wait(int block) const {
-    while (!__all_sync(0xffffffff, is_published(written(block)))) {
+  __device__ __forceinline__ void store(const Sums& sum, int block) const {
+#pragma unroll
+    for (int f = 0; f < kCount; ++f) {
+      const float (&v)[4] = sum[f / kFragments][f % kFragments];
+      *at(block, f) = make_float4(v[0], v[1], v[2], v[3]);
     }
+    __syncwarp();
+  }
+  // Until each lane that waits has seen its word, which it clears.
+  __device__ __forceinline__ void wait(bool waits, uint64_t* word) const {
+    while (!__all_sync(0xffffffff, !waits || is_published(word, p_.token))) {
+    }
+    if (waits) *word = 0;
+    __syncwarp();
   }
 
   const Params& p_;
+  const int lane_;
 };
 
 }  // namespace flute::sm90

@@ -7,8 +7,8 @@
 //
 // Who does what. A block multiplies a group of 64 * warpgroups * slabs rows of weights with kColumns rows of x,
 // one unit of 64 along K after the other, or, where there are too few groups, several blocks do, each with a
-// part of K. One thread keeps a ring of stages in shared memory filled with codes, scales, and x, which image.cuh
-// has put into the order that the product reads (ring.cuh). The warpgroups multiply. Each takes its slabs of 64
+// part of K. One thread keeps a ring of stages in shared memory filled with codes, scales, and x, of which the copy
+// engine makes what the product reads (ring.cuh). The warpgroups multiply. Each takes its slabs of 64
 // rows in turn: it looks the weights up (common/lookup.cuh) in the fragment layout of the product, which is that
 // of mma.sync for each of the four warps, waits for the products that it started before, adds what is whole (the
 // sums of a scale, times the scale) to its totals, and starts the next four products of 16 along K. So lookups
@@ -30,6 +30,7 @@
 #include "qgemm/common/lookup.cuh"
 #include "qgemm/sm90/codes.cuh"
 #include "qgemm/sm90/config.h"
+#include "qgemm/sm90/experts.cuh"
 #include "qgemm/sm90/join.cuh"
 #include "qgemm/sm90/output.cuh"
 #include "qgemm/sm90/ptx.cuh"
@@ -43,27 +44,58 @@ namespace flute::sm90 {
 template <int... kNumbers>
 constexpr int kThreadsOf = threads(Config{kNumbers...});
 
+// Barriers for some of a block's warps.
+template <int kNumber, int kCount>
+__device__ __forceinline__ void wait_at_barrier() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
+}
+template <int kNumber, int kCount>
+__device__ __forceinline__ void arrive_at_barrier() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
+}
+
 // kGroup: of scales, 32, 64, or 128 for all above. S: the scales' type.
-template <int kBits, class T, class S, int kGroup, int kColumns, int kWarpgroups, int kSlabs>
-__global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs>, 1)
+template <int kBits, class T, class S, int kGroup, int kColumns, int kWarpgroups, int kSlabs, int kGrouped>
+__global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGrouped>, 1)
     kernel(const __grid_constant__ Params p) {
-  constexpr Config kConfig{kColumns, kWarpgroups, kSlabs};
+  constexpr Config kConfig{kColumns, kWarpgroups, kSlabs, kGrouped};
   constexpr Stage kStage(kBits, kGroup, kConfig);
   constexpr int kThreads = kWarpgroups * 128, kFragments = kColumns / 8;
-  static_assert(kSlabs * kFragments * kThreads * 16 <= shared_bytes(kStage));  // join_in_cluster
+  constexpr int kStages = stages(kStage, kConfig);
+  static_assert(kSlabs * kFragments * kThreads * 16 <= shared_bytes(kStage, kConfig));  // join_in_cluster
+  constexpr int kWarps = kWarpgroups * 4;  // that multiply; the next one copies
   const int stages_in_all = stages_of(kConfig, p.units);
   launch_dependents();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  Ring<kStage.bytes(), stages(kStage)> ring(base + layout::kTableBytes);
-  if (threadIdx.x == 0) ring.init(kWarpgroups * 4);
-  Schedule schedule(p, stages_in_all);
-  __syncthreads();
-  if (warp >= kWarpgroups * 4) {
+  Ring<kStage.bytes(), kStages> ring(base + layout::kTableBytes, base + before_stages(kConfig));
+  const auto first_table = static_cast<const float2*>(p.tables);
+  Table<kBits, T, kThreads> entries;
+  if (warp < kWarps) entries.load(first_table);  // at once: nothing here takes as long
+  const Experts<kColumns> experts(p, shared + layout::kTableBytes + kBarrierBytes);
+  const auto find_set = [&](int number) {
+    return kGrouped ? experts.find(number) : Set(p, number, kColumns);
+  };
+  Schedule schedule(p.division, p.is_cluster, stages_in_all);
+  constexpr int kAll = kThreads + 32;  // the warp that copies, too
+  if (warp >= kWarps) {
     if constexpr (shares_registers(kConfig)) leave_registers<kWarpgroups == 2 ? 40 : 32>();
-    if (warp == kWarpgroups * 4 && is_elected())
-      fill<kBits, kGroup, stages(kStage), tiles(kConfig)>(ring, p, kStage, schedule, stages_in_all);
+    if (warp > kWarps) return;
+    const bool elected = is_elected();
+    if (elected) {
+      prefetch_map(&p.x);
+      ring.init(kWarps);
+    }
+    __syncwarp();
+    if constexpr (kGrouped) wait_at_barrier<2, kAll>();
+    if constexpr (kGrouped) schedule = Schedule(experts.divide(stages_in_all), false, stages_in_all);
+    Filler<kBits, kGroup, kStages, tiles(kConfig), kColumns, decltype(ring), decltype(find_set)> filler(
+        ring, p, kStage, schedule, stages_in_all, find_set);
+    if (elected) filler.begin();
+    __syncwarp();
+    if constexpr (!kGrouped) arrive_at_barrier<2, kAll>();
+    if (elected) filler.go_on();
     return;
   }
   if constexpr (shares_registers(kConfig)) {
@@ -72,53 +104,72 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs>, 1)
     take_registers<kWarpgroups == 2 ? 232 : 112>();
   }
   if (table_is_elsewhere()) __trap();
-  const auto all_lookers = [] { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); };
+  // In shared memory, behind the next barrier. Which expert's is the first, a block does not know so early.
+  int table = kGrouped && p.table_count > 1 ? -1 : 0;
+  if (!kGrouped && p.table_count > 1) {
+    table = Group(p, find_set(Schedule(schedule).next().set).group, tiles(kConfig)).table;
+    entries.load(first_table + table * (1 << (2 * kBits)));
+  }
+  entries.store();
 
   const int warp_tile = warp / 4 * (4 * kSlabs) + warp % 4;  // of the first slab
   const bool leader = kept(lane == 0);
   Codes<kBits, kGroup, kSlabs> codes(kStage, base, warp_tile, lane);
   const Pieces<kThreads, kSlabs, kFragments> pieces(p);
-  int table = -1;  // in shared memory
-  all_lookers();   // are here together: the compiler wants to know (Schedule::items)
-  for (int items = schedule.items(); items > 0; --items) {
+  if constexpr (kGrouped) {
+    wait_for_predecessor();
+    if (warp == 0) experts.read_counts();
+  }
+  wait_at_barrier<2, kAll>();
+  if constexpr (kGrouped) schedule = Schedule(experts.divide(stages_in_all), false, stages_in_all);
+  // Votes, here and below: so the compiler sees that a warp's threads go the same way, and keeps what the main loop
+  // reckons with in uniform registers.
+  while (same_of_warp(schedule.has_next())) {
     const Item item = schedule.next();
-    const Group group(p, item.set / p.column_blocks, tiles(kConfig));
-    if (group.table != table) {
-      Table<kBits, T, kThreads> entries;
-      entries.load(static_cast<const float2*>(p.tables) + group.table * (1 << (2 * kBits)));
-      if (table >= 0) all_lookers();  // have looked up the last weight of the one before
-      entries.store();
-      all_lookers();
+    const Set set = find_set(item.set);
+    const Group group(p, set.group, tiles(kConfig));
+    if (same_of_warp(group.table != table)) {
       table = group.table;
+      entries.load(first_table + table * (1 << (2 * kBits)));
+      wait_at_barrier<1, kThreads>();  // all have looked up the last weight of the one before
+      entries.store();
+      wait_at_barrier<1, kThreads>();
     }
-    const bool is_whole = item.count == stages_in_all, begins = item.first == 0;
-    const bool begins_with_piece = !is_whole && !begins && p.parts == 1;
+    const bool begins_with_piece = same_of_warp(item.joins && schedule.begins_joins());
     if (begins_with_piece) wait_for_predecessor();
+    const int count = kGrouped ? same_of_warp(item.count) : item.count;
     float sum[kSlabs][kFragments][4];
     pieces.begin_with(sum, begins_with_piece, schedule.number() + 1);
     if constexpr (scales_weights(kConfig)) {
-      multiply_scaled_weights<T, S, kBits, kGroup, kColumns, kSlabs>(sum, ring, codes, kStage, item.count,
-                                                                     leader);
+      multiply_scaled_weights<T, S, kBits, kGroup, kColumns, kSlabs>(sum, ring, codes, kStage, count, leader);
     } else {
       multiply_and_scale_sums<T, S, kBits, kGroup, kColumns>(sum, ring, codes, kStage, p.group_shift,
-                                                             item.first, item.count, leader);
+                                                             item.first, count, leader);
     }
 
     wait_for_predecessor();
-    const Place place{(group.tile + warp_tile) * layout::kTile, group.first_row,
-                      item.set % p.column_blocks * kColumns};
+    const int above =
+        kGrouped ? group.tile / p.tiles_per_segment / p.segments_per_expert * p.n : 0;  // experts' rows
+    const Place place{(group.tile + warp_tile) * layout::kTile - above, group.first_row - above, set.column,
+                      set.end};
     if (p.is_cluster) {
-      all_lookers();  // have read the last stage and looked up the last weight
-      join_in_cluster<T, kThreads>(p, sum, schedule.number() % p.parts, place, base);
+      wait_at_barrier<1, kThreads>();  // all have read the last stage and looked up the last weight
+      join_in_cluster<T, kThreads>(p, sum, schedule.number() % p.division.parts, place, base);
       return;
     }
-    if (!is_whole && begins == (p.parts == 1)) {
+    if (p.division.parts > 2) {
+      pieces.template join<T>(sum, schedule.number(), place);
+      return;
+    }
+    if (same_of_warp(item.is_piece)) {
       pieces.write(sum, schedule.number());
       continue;
     }
-    if (p.parts > 1) pieces.add(sum, schedule.number() + 1, schedule.number() + p.parts - 1);
+    if (same_of_warp(item.joins && !schedule.begins_joins()))
+      pieces.add(sum, schedule.number() + 1, schedule.last_piece(item));
     write_out<T>(p, sum, place);
   }
+  if constexpr (kGrouped) write_zeros<kThreads>(p, experts.rows() + blockIdx.x, gridDim.x);
 }
 
 }  // namespace flute::sm90

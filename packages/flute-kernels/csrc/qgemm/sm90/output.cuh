@@ -10,7 +10,7 @@ namespace flute::sm90 {
 
 // A warp's results: fragment j of slab r has the 16 rows from row + 64 * r, and the eight columns from column + 8 * j.
 struct Place {
-  int row, first_row, column;
+  int row, first_row, column, end;  // end: of columns
 };
 
 // Of a slab, what is added to rows g and g + 8.
@@ -36,7 +36,7 @@ __device__ __forceinline__ void write_out(const Params& p, const float (&sum)[4]
 
   const int tile_row = place.row + 64 * r, row = tile_row + (is_odd ? 6 : 0) + 2 * t;
   const int column = place.column + 8 * j + lane / 4;
-  if (column >= p.m || tile_row < place.first_row) return;
+  if (column >= place.end || tile_row < place.first_row) return;
   uint16_t* const to = p.out + column * p.ldo + row;
   if (p.stores_fours && row + 3 < p.n) {
     *reinterpret_cast<uint2*>(to) = rows;
@@ -46,6 +46,14 @@ __device__ __forceinline__ void write_out(const Params& p, const float (&sum)[4]
   for (int i = 0; i < 4; ++i) {
     const uint32_t pair = i < 2 ? rows.x : rows.y;
     if (row + i < p.n) to[i] = static_cast<uint16_t>(i % 2 ? pair >> 16 : pair);
+  }
+}
+
+// Rows of x that are nobody's: zeros. `first` and `step`: of columns, a block's.
+template <int kThreads>
+__device__ __forceinline__ void write_zeros(const Params& p, int first, int step) {
+  for (int column = first; column < p.m; column += step) {
+    for (int row = threadIdx.x; row < p.n; row += kThreads) p.out[column * p.ldo + row] = 0;
   }
 }
 

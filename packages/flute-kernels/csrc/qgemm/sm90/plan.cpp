@@ -10,6 +10,7 @@ namespace flute::sm90 {
 namespace {
 
 constexpr int64_t kMostSets = int64_t{1} << 30;
+constexpr int64_t kMostParts = 32;  // lanes of a warp: join.cuh
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -17,6 +18,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int columns_for(int64_t m) {
   int columns = 0;
   for (const Config& c : kConfigs) {
+    if (c.grouped) continue;
     if (columns < m ? c.columns > columns : c.columns >= m && c.columns < columns) columns = c.columns;
   }
   return columns;
@@ -24,21 +26,29 @@ int columns_for(int64_t m) {
 
 // Microseconds on an H200, less what all plans of a problem take (docs/kernel-notes.md). Lookups and products share a
 // multiprocessor, so their times add up in part.
-double time_of(const Config& c, const Plan& plan, int stages) {
-  const int slabs = c.warpgroups * c.slabs;
-  const double unit = std::hypot(0.0724 * slabs, c.columns * (0.00114 * slabs + 0.00057)) -
-                      (scales_weights(c) ? 0.05 : 0) + (c.slabs > 1 ? 0.027 : 0) +
-                      (c.warpgroups == 3   ? -0.009
-                       : c.warpgroups == 4 ? 0.013
+double stage_time(const Config& c) {
+  const double unit = std::hypot(0.1656, c.columns * (0.00109 * c.warpgroups * c.slabs + 0.00062)) -
+                      (scales_weights(c) ? 0.018 : 0) + (c.slabs > 1 ? 0.118 : 0) +
+                      (c.warpgroups == 3   ? 0.054
+                       : c.warpgroups == 4 ? 0.113
                                            : 0);
-  const double sums = 1e-3 * c.columns * slabs;
+  return stage_units(c) * unit;
+}
+
+constexpr double kItem = 2.0;  // to begin and to end one
+
+double time_of(const Config& c, const Plan& plan, int stages) {
+  const double stage = stage_time(c), sums = 1e-3 * c.columns * c.warpgroups * c.slabs;
   if (plan.parts > 1) {
-    const double join = plan.is_cluster ? 1.54 + 5.8 * sums : 3.38 + 3.95 * (plan.parts - 1) * sums;
-    return static_cast<double>((stages + plan.parts - 1) / plan.parts) * stage_units(c) * unit + 1.72 + join;
+    const double join = plan.is_cluster   ? 2.51 + 2.0 * sums
+                        : plan.parts == 2 ? 1.07 + 6.5 * sums
+                                          : 2.03 + 0.33 * (plan.parts - 1) + 5.6 * sums;
+    return static_cast<double>((stages + plan.parts - 1) / plan.parts) * stage + kItem + join;
   }
   const double sets = static_cast<double>(plan.sets) / plan.blocks;
-  const double shared = plan.shared_sets() > 0 ? 2.5 * 1.72 + 18.4 * sums : 0;
-  return sets * stages * stage_units(c) * unit + plan.waves * 1.72 + shared;
+  if (sets < 1) return sets * stages * stage + kItem + 2.62 + 14.6 * sums;
+  return sets * stages * stage + plan.waves * kItem +
+         (plan.shared_sets() > 0 ? 2.5 * kItem + 16.7 * sums : 0);
 }
 
 // Clusters do not fill a GPU whole, as each lies within one of the few parts that it is made of: of an H200's 132
@@ -46,6 +56,12 @@ double time_of(const Config& c, const Plan& plan, int stages) {
 bool run_at_once(int64_t clusters, int64_t blocks, int64_t multiprocessors) {
   return blocks <= kMostOfCluster &&
          clusters * blocks <= (blocks == 2 ? multiprocessors : multiprocessors * 7 / 8);
+}
+
+void add_workspace(Plan& plan) {
+  const Config& c = kConfigs[plan.config];
+  plan.pieces_bytes = int64_t{plan.blocks} * rows(c) * c.columns * int64_t{sizeof(float)};
+  plan.written_bytes = int64_t{plan.blocks} * plan.parts * 4 * c.warpgroups * int64_t{sizeof(uint64_t)};
 }
 
 }  // namespace
@@ -59,12 +75,12 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
     // Wider blocks would multiply zeros, and narrower ones look all weights up again, which pays only for wide x.
-    if (c.columns > columns || c.columns < std::min(columns, 128)) continue;
+    if (c.grouped || c.columns > columns || c.columns < (columns > 128 ? 96 : columns)) continue;
     if (tiles(c) > tiles_per_table) continue;
     Plan plan;
     plan.config = i;
-    plan.groups_per_table = static_cast<int>(ceil_div(tiles_per_table, tiles(c)));
-    plan.groups = static_cast<int>(plan.groups_per_table * w.table_count);
+    plan.groups_per_segment = static_cast<int>(ceil_div(tiles_per_table, tiles(c)));
+    plan.groups = static_cast<int>(plan.groups_per_segment * w.table_count);
     plan.column_blocks = static_cast<int>(ceil_div(m, c.columns));
     plan.sets = int64_t{plan.groups} * plan.column_blocks;
     if (plan.sets > kMostSets) continue;
@@ -77,23 +93,50 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
       plan.blocks = gpu.multiprocessors;
       plan.waves = static_cast<int>(plan.sets / plan.blocks - (plan.sets % plan.blocks != 0));
       consider();
+      continue;
     }
-    const int64_t most_parts = std::min<int64_t>(gpu.multiprocessors / plan.sets, stages);
+    const int64_t most_parts = std::min({gpu.multiprocessors / plan.sets, int64_t{stages}, kMostParts});
     for (plan.parts = 1; plan.parts <= most_parts; ++plan.parts) {
       plan.blocks = static_cast<int>(plan.parts * plan.sets);
       plan.waves = plan.parts == 1;
+      plan.is_cluster = false;
+      consider();
       plan.is_cluster = plan.parts > 1 && run_at_once(plan.sets, plan.parts, gpu.multiprocessors);
+      if (plan.is_cluster) consider();
+    }
+    if (plan.sets * stages >= gpu.multiprocessors && gpu.multiprocessors % plan.sets != 0) {
+      plan.parts = 1, plan.waves = 0, plan.is_cluster = false;
+      plan.blocks = gpu.multiprocessors;
       consider();
     }
   }
-  if (best.config < 0) return best;
-  const Config& c = kConfigs[best.config];
-  const int64_t warps = 4 * c.warpgroups;
-  best.image_bytes = int64_t{stages_of(c, units)} * best.column_blocks * Stage(w.bits, 128, c).x;
-  if (best.shared_sets() > 0 && !best.is_cluster) {
-    best.pieces_bytes = int64_t{best.blocks} * rows(c) * c.columns * int64_t{sizeof(float)};
-    best.written_bytes = best.blocks * warps * int64_t{sizeof(int)};
+  if (best.config >= 0 && best.shared_sets() > 0 && !best.is_cluster) add_workspace(best);
+  return best;
+}
+
+Plan make_grouped_plan(const QWeight& w, int64_t m, int64_t experts, const Gpu& gpu) {
+  const layout::Segments segments = layout::segments(w, experts);
+  Plan best;
+  double least = 0;
+  if (experts > kMostExperts || m < 1) return best;
+  for (int i = 0; i < kConfigCount; ++i) {
+    const Config& c = kConfigs[i];
+    if (!c.grouped || tiles(c) > segments.tiles) continue;
+    Plan plan;
+    plan.config = i;
+    plan.groups_per_segment = static_cast<int>(ceil_div(segments.tiles, tiles(c)));
+    plan.groups = static_cast<int>(plan.groups_per_segment * segments.per_expert);  // of an expert
+    plan.blocks = gpu.multiprocessors;
+    // Each expert that has rows is likely to fill half of its last block of columns.
+    const double busy = static_cast<double>(std::min(m, experts));
+    plan.column_blocks = static_cast<int>(std::max(busy, static_cast<double>(m) / c.columns + busy / 2));
+    plan.sets = int64_t{plan.groups} * plan.column_blocks;
+    if (plan.sets > kMostSets) continue;
+    const double time = std::ceil(static_cast<double>(plan.sets) / plan.blocks) *
+                        (stage_time(c) * stages_of(c, static_cast<int>(layout::units(w.k))) + kItem);
+    if (best.config < 0 || time < least) best = plan, least = time;
   }
+  if (best.config >= 0) add_workspace(best);
   return best;
 }
 

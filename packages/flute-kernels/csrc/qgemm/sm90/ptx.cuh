@@ -40,6 +40,19 @@ __device__ __forceinline__ void copy(uint32_t to, const void* from, int bytes, u
       "l"(from), "r"(bytes), "r"(barrier)
       : "memory");
 }
+// A box of a matrix, from column and row on, likewise (9.7.9.27.1.2, cp.async.bulk.tensor): its rows, of 128 bytes,
+// swizzled. What lies outside of the matrix becomes zeros, which count as bytes that have come.
+__device__ __forceinline__ void copy_box(uint32_t to, const void* map, int column, int row,
+                                         uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3}], [%4];" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
 __device__ __forceinline__ bool is_elected() {
   uint32_t elected;
   asm volatile("{.reg .pred is;\nelect.sync _|is, 0xffffffff;\nselp.u32 %0, 1, 0, is;}" : "=r"(elected));
@@ -49,8 +62,8 @@ __device__ __forceinline__ bool is_elected() {
 __device__ __forceinline__ void load_shared(uint32_t& v, uint32_t at) {
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at));
 }
-__device__ __forceinline__ void load_shared(uint32_t& v0, uint32_t& v1, uint32_t at) {
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v0), "=r"(v1) : "r"(at));
+__device__ __forceinline__ void load_shared_half(uint32_t& v, uint32_t at) {
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(at));
 }
 __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t at) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -83,13 +96,13 @@ __device__ __forceinline__ void load_of_block(float (&v)[4], uint32_t at, int bl
 }
 
 // A word in memory that says that what was written before it can be seen (8, memory consistency model).
-__device__ __forceinline__ void publish(int* word) {
-  asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.b32 [%0], 1;" ::"l"(word) : "memory");
+__device__ __forceinline__ void publish(uint64_t* word, uint64_t token) {
+  asm volatile("fence.acq_rel.gpu;\nst.relaxed.gpu.b64 [%0], %1;" ::"l"(word), "l"(token) : "memory");
 }
-__device__ __forceinline__ bool is_published(const int* word) {
-  int value;
-  asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value != 0;
+__device__ __forceinline__ bool is_published(const uint64_t* word, uint64_t token) {
+  uint64_t value;
+  asm volatile("ld.acquire.gpu.b64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+  return value == token;
 }
 
 // Four floats from memory, past the first cache, or zeros. It is one piece of code without branches: where accumulators
@@ -138,6 +151,10 @@ __device__ __forceinline__ void hold(float (&v)[kCount][4]) {
 __device__ __forceinline__ void hold(uint32_t (&v)[4]) {
   asm volatile("" : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])::"memory");
 }
+
+// A value that all lanes of a warp have, so that the compiler knows it, too.
+__device__ __forceinline__ int same_of_warp(int v) { return __reduce_max_sync(0xffffffff, v); }
+__device__ __forceinline__ bool same_of_warp(bool v) { return __any_sync(0xffffffff, v); }
 
 // A value that the compiler keeps in a register, as it does not know where it comes from.
 __device__ __forceinline__ uint32_t kept(uint32_t v) {

@@ -23,8 +23,8 @@ constexpr int kLeavers = 1;
 template <int kStageBytes, int kStages>
 class Ring {
  public:
-  __device__ __forceinline__ explicit Ring(uint32_t shared_address)
-      : full_(shared_address), data_(shared_address + kBarrierBytes), end_(data_ + kStages * kStageBytes) {}
+  __device__ __forceinline__ Ring(uint32_t barriers, uint32_t data)
+      : full_(barriers), data_(data), end_(data_ + kStages * kStageBytes) {}
 
   __device__ __forceinline__ void init(int readers) const {  // warps
     for (int i = 0; i < kStages; ++i) {
@@ -56,56 +56,89 @@ class Ring {
 };
 
 // By one thread: the stages of a block's items, one after the other; so those of the next item come while the warps
-// that multiply write the results of the one before. Codes and scales of those that find room at the beginning do not
-// wait for the kernel before, whose work the image is. Where K ends inside a stage, the image has zeros, and the last
-// unit's codes come twice.
-template <int kBits, int kGroup, int kStages, int kTiles, class Ring>
-__device__ __forceinline__ void fill(Ring ring, const Params& p, const Stage stage, Schedule schedule,
-                                     int stages_in_all) {
-  const int64_t unit_bytes = int64_t{p.tiles} * (128 * kBits);
-  const int64_t line_bytes = int64_t{p.tiles} * (32 * layout::scales_per_unit(kGroup));
-  bool is_first = true;
-  for (int items = schedule.items(); items > 0; --items) {
-    const Item item = schedule.next();
-    const Group group(p, item.set / p.column_blocks, kTiles);
-    const char* const codes = reinterpret_cast<const char*>(p.codes) + int64_t{group.tile} * (128 * kBits);
-    const char* const scales = reinterpret_cast<const char*>(p.scales) +
-                               int64_t{group.tile} * (32 * layout::scales_per_unit(kGroup));
-    const char* const x =
-        static_cast<const char*>(p.image) + int64_t{item.set % p.column_blocks} * stages_in_all * stage.x;
-    const auto copy_weights = [&](const Ring& ring, int number) {
-      barrier_expect(ring.full(), stage.used());
-      uint32_t to = ring.data() + stage.x;
-      const int unit = number * stage.units;
-#pragma unroll
-      for (int u = 0; u < stage.units; ++u, to += stage.unit_codes)
-        copy(to, codes + min(unit + u, p.units - 1) * unit_bytes, stage.unit_codes, ring.full());
-#pragma unroll
-      for (int u = 0; u < stage.scale_lines; ++u, to += stage.scale_line)
-        copy(to, scales + (min(unit + u, p.units - 1) >> p.group_shift) * line_bytes, stage.scale_line,
-             ring.full());
-    };
-    const auto copy_x = [&](const Ring& ring, int number) {
-      copy(ring.data(), x + int64_t{number} * stage.x, stage.x, ring.full());
-    };
-    int number = item.first, left = item.count;
-    if (is_first) {  // does not go around the end
-      Ring ring_of_x = ring;
-      const int free = min(left, kStages);
-      for (int i = 0; i < free; ++i, ring.advance()) copy_weights(ring, number + i);
-      wait_for_predecessor();
-      copies_see_writes();
-      for (int i = 0; i < free; ++i, ring_of_x.advance()) copy_x(ring_of_x, number + i);
-      number += free, left -= free;
-      is_first = false;
-    }
-    for (; left > 0; --left, ++number, ring.advance()) {
-      if (number == stages_in_all) number = 0;
-      ring.wait_empty();
-      copy_weights(ring, number);
-      copy_x(ring, number);
+// that multiply write the results of the one before. Where x ends, in rows or along K, the copy engine writes zeros; where
+// K ends inside a stage, the last unit's codes come twice.
+template <int kBits, int kGroup, int kStages, int kTiles, int kColumns, class Ring, class FindSet>
+class Filler {
+ public:
+  __device__ __forceinline__ Filler(const Ring& ring, const Params& p, const Stage& stage,
+                                    const Schedule& schedule, int stages_in_all, const FindSet& find_set)
+      : ring_(ring),
+        p_(p),
+        stage_(stage),
+        schedule_(schedule),
+        stages_in_all_(stages_in_all),
+        find_set_(find_set) {}
+
+  // Codes and scales of those that find room at the beginning: they do not wait for the kernel before.
+  __device__ __forceinline__ void begin() {
+    if (!schedule_.has_next()) return;
+    next_item();
+    Ring ring = ring_;
+    const int room = min(left_, kStages);  // does not go around the end
+    for (int i = 0; i < room; ++i, ring.advance()) copy_weights(ring, number_ + i);
+  }
+
+  // All else.
+  __device__ __forceinline__ void go_on() {
+    wait_for_predecessor();
+    copies_see_writes();
+    for (int room = min(left_, kStages); room > 0; --room, --left_, ++number_, ring_.advance())
+      copy_x(ring_, number_);
+    while (true) {
+      for (; left_ > 0; --left_, ++number_, ring_.advance()) {
+        if (number_ == stages_in_all_) number_ = 0;
+        ring_.wait_empty();
+        copy_weights(ring_, number_);
+        copy_x(ring_, number_);
+      }
+      if (!schedule_.has_next()) return;
+      next_item();
     }
   }
-}
+
+ private:
+  static constexpr int kTileCodes = 128 * kBits, kTileScales = 32 * layout::scales_per_unit(kGroup);  // bytes
+
+  __device__ __forceinline__ void next_item() {
+    const Item item = schedule_.next();
+    const Set set = find_set_(item.set);
+    const Group group(p_, set.group, kTiles);
+    codes_ = reinterpret_cast<const char*>(p_.codes) + int64_t{group.tile} * kTileCodes;
+    scales_ = reinterpret_cast<const char*>(p_.scales) + int64_t{group.tile} * kTileScales;
+    column_ = set.column;
+    number_ = item.first, left_ = item.count;
+  }
+
+  __device__ __forceinline__ void copy_weights(const Ring& ring, int number) const {
+    barrier_expect(ring.full(), stage_.used());
+    uint32_t to = ring.data() + stage_.x;
+    const int unit = number * stage_.units;
+#pragma unroll
+    for (int u = 0; u < stage_.units; ++u, to += stage_.unit_codes)
+      copy(to, codes_ + min(unit + u, p_.units - 1) * (int64_t{p_.tiles} * kTileCodes), stage_.unit_codes,
+           ring.full());
+#pragma unroll
+    for (int u = 0; u < stage_.scale_lines; ++u, to += stage_.scale_line)
+      copy(to, scales_ + (min(unit + u, p_.units - 1) >> p_.group_shift) * (int64_t{p_.tiles} * kTileScales),
+           stage_.scale_line, ring.full());
+  }
+
+  __device__ __forceinline__ void copy_x(const Ring& ring, int number) const {
+#pragma unroll
+    for (int u = 0; u < stage_.units; ++u)
+      copy_box(ring.data() + u * (kColumns * 128), &p_.x, (number * stage_.units + u) * layout::kUnit,
+               column_, ring.full());
+  }
+
+  Ring ring_;
+  const Params& p_;
+  const Stage stage_;
+  Schedule schedule_;
+  const int stages_in_all_;
+  const FindSet& find_set_;
+  int number_ = 0, left_ = 0, column_ = 0;           // of the item: its next stage, and how many there are
+  const char *codes_ = nullptr, *scales_ = nullptr;  // of its group
+};
 
 }  // namespace flute::sm90

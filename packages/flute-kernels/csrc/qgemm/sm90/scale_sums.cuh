@@ -14,7 +14,7 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kCo
                                                         Codes<kBits, kGroup, kSlabs>& codes,
                                                         const Stage stage, int group_shift, int first,
                                                         int count, bool leader) {
-  constexpr int kFragments = kColumns / 8, kUnits = stage_units({kColumns, 0, 0});
+  constexpr int kFragments = kColumns / 8, kUnits = stage_units({kColumns, 0, 0, 0});
   constexpr int kSteps = Codes<kBits, kGroup, kSlabs>::kScales, kHalves = 2 / kSteps;
   float part[kSlabs][kFragments][4];
   uint32_t a[2][kHalves][2][4];

@@ -38,7 +38,7 @@ template <class T, class S, int kBits, int kGroup, int kColumns, int kSlabs, cla
 __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kColumns / 8][4], Ring& ring,
                                                         Codes<kBits, kGroup, kSlabs>& codes,
                                                         const Stage stage, int count, bool leader) {
-  constexpr int kUnits = stage_units({kColumns, 0, 0}), kScales = Codes<kBits, kGroup, kSlabs>::kScales;
+  constexpr int kUnits = stage_units({kColumns, 0, 0, 0}), kScales = Codes<kBits, kGroup, kSlabs>::kScales;
   constexpr int kTurn = kUnits * kSlabs % 2 ? 2 : 1;  // stages, as steps use two sets of registers in turn
   uint32_t a[2][2][2][4];
   RowScales<T, S> scale[kSlabs];

@@ -7,10 +7,13 @@
 // Few sets: each is that of `parts` blocks, which have one item, a part of its K.
 //
 // More sets than blocks: each block multiplies some whole, until there are between one and two left for each. These are
-// divided evenly: a block has the beginning of one set, perhaps another whole, and the end of a third, whose beginning
-// is by then what the next block has done first. All begin at the same time with stage 0 of K, and go on, around the end
-// of a whole set, with the stage that follows: so most blocks want the same x at the same time, and the hardware
-// between them and the cache asks for it once.
+// divided evenly: a block has the end of the run of one set, perhaps another set whole, and the beginning of a third,
+// the rest of whose run is by then what the next block has done first. All begin at the same time with stage 0 of K, and
+// go on, around the end of a whole set, with the stage that follows: so most blocks want the same x at the same time, and
+// the hardware between them and the cache asks for it once.
+//
+// Nearly as many sets as blocks are divided evenly, too. Then a block has less than a set, and of a set there can be
+// three pieces, which come at the same time.
 #pragma once
 
 #include <cstdint>
@@ -22,68 +25,99 @@ namespace flute::sm90 {
 
 struct Item {
   int set, first, count;  // stages of K: count of them from the first on, around the end if they are all
+  bool is_piece;          // whose sums go to the block that joins the set's pieces
+  bool joins;             // others' pieces; of more than two parts, each does a share (join.cuh)
 };
 
-// Rows of a group: its first tile, and the first row that it owns. The last group of a table moves back until
+// Rows of a group: its first tile, and the first row that it owns. The last group of a segment moves back until
 // it is whole; rows that it shares with the one before are that one's.
 struct Group {
   int table, tile, first_row;
 
   __device__ __forceinline__ Group(const Params& p, int number, int tiles) {
-    table = number / p.groups_per_table;
-    const int wanted = number % p.groups_per_table * tiles;
-    tile = table * p.tiles_per_table + min(wanted, p.tiles_per_table - tiles);
-    first_row = (table * p.tiles_per_table + wanted) * layout::kTile;
+    const int segment = number / p.groups_per_segment;
+    const int wanted = (number - segment * p.groups_per_segment) * tiles;
+    table = segment / p.segments_per_table;
+    tile = segment * p.tiles_per_segment + min(wanted, p.tiles_per_segment - tiles);
+    first_row = (segment * p.tiles_per_segment + wanted) * layout::kTile;
   }
+};
+
+// The group and the columns, which are rows of x, of a set.
+struct Set {
+  int group, column, end;
+
+  __device__ __forceinline__ Set(const Params& p, int number, int columns)
+      : group(number / p.column_blocks), column((number - group * p.column_blocks) * columns), end(p.m) {}
+  __device__ __forceinline__ Set(int group, int column, int end) : group(group), column(column), end(end) {}
 };
 
 class Schedule {
  public:
-  __device__ __forceinline__ Schedule(const Params& p, int stages) : p_(p), stages_(stages), waves_(p.waves) {
-    const int64_t all = int64_t{p.shared_sets} * stages;
-    const int begin = static_cast<int>(all * number() / gridDim.x);
-    left_ = static_cast<int>(all * (number() + 1) / gridDim.x) - begin;
-    set_ = begin / stages;
-    elsewhere_ = begin - set_ * stages;
+  __device__ __forceinline__ Schedule(const Division& division, bool is_cluster, int stages)
+      : d_(division), is_cluster_(is_cluster), stages_(stages), waves_(division.waves) {
+    if (d_.parts > 1) {
+      set_ = number() / d_.parts;
+      elsewhere_ = begin_of(number() - set_ * d_.parts);
+      left_ = begin_of(number() - set_ * d_.parts + 1) - elsewhere_;
+    } else {
+      const int begin = begin_of(number());
+      left_ = begin_of(number() + 1) - begin;
+      set_ = begin / stages;
+      elsewhere_ = begin - set_ * stages;
+    }
   }
 
-  // A count, and no end that next() finds: so the compiler sees that a warp's threads leave the loop together, and keeps
-  // what the main loop inside reckons with in uniform registers.
-  __device__ __forceinline__ int items() const {
-    return waves_ + (elsewhere_ + left_ + stages_ - 1) / stages_;
-  }
+  __device__ __forceinline__ bool has_next() const { return waves_ > 0 || left_ > 0; }
 
   __device__ __forceinline__ Item next() {
-    if (p_.parts > 1) return {set_, elsewhere_, left_};
+    if (d_.parts > 1) {
+      const Item item{set_, elsewhere_, left_, elsewhere_ > 0, elsewhere_ == 0};
+      left_ = 0;
+      return item;
+    }
     if (waves_ > 0) {
       --waves_;
-      return {p_.shared_sets + static_cast<int>(waves_ * gridDim.x) + number(), 0, stages_};
+      return {d_.shared_sets + static_cast<int>(waves_ * gridDim.x) + number(), 0, stages_, false, false};
     }
-    Item item{set_++, after_, stages_};
-    if (elsewhere_ > 0) {
-      item.count = after_ = stages_ - elsewhere_;
-      elsewhere_ = 0;
-    } else if (left_ < stages_) {
-      item.first = stages_ - left_;
-      item.count = left_;
-    }
-    left_ -= item.count;
+    const int count = min(left_, stages_ - elsewhere_), later = stages_ - elsewhere_ - count;
+    const bool is_whole = count == stages_;
+    const Item item{set_++, is_whole ? after_ : later, count, elsewhere_ > 0, elsewhere_ == 0 && later > 0};
+    if (!is_whole) after_ = later + count;
+    left_ -= count;
+    elsewhere_ = 0;
     return item;
   }
 
-  // Of the block. The one that begins a set waits for those with higher numbers, and these must be there: blocks start
+  // Of the block. The one that joins pieces waits for those with higher numbers, and these must be there: blocks start
   // in the order of blockIdx, so numbers run against it. Those of a cluster start together.
   __device__ __forceinline__ int number() const {
-    return p_.is_cluster ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+    return is_cluster_ ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
+  }
+
+  __device__ __forceinline__ bool begins_joins() const { return d_.begins_joins; }
+
+  // The pieces that an item joins are those of the blocks after this one, up to here.
+  __device__ __forceinline__ int last_piece(const Item& item) const {
+    if (d_.parts > 1) return number() + 1;
+    const int stage = (item.set + 1) * stages_ - 1, longer = d_.extra * (d_.share + 1);
+    return stage < longer ? stage / (d_.share + 1) : d_.extra + (stage - longer) / d_.share;
   }
 
  private:
-  const Params& p_;
-  const int stages_;
+  // Stages before the block, in the run of all shared sets, or before the part, in its set.
+  __device__ __forceinline__ int begin_of(int block) const {
+    const int sharer = min(block, d_.sharers);
+    return sharer * d_.share + min(sharer, d_.extra);
+  }
+
+  Division d_;
+  bool is_cluster_;
+  int stages_;
   int waves_, set_;
   int elsewhere_;  // stages of this set that come before this block's in the run of all
   int left_;       // stages of all shared sets
-  int after_ = 0;  // the stage after those of the first shared set
+  int after_ = 0;  // the stage after those of the set before
 };
 
 }  // namespace flute::sm90

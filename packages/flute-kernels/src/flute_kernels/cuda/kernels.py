@@ -32,10 +32,11 @@ def weight_handle(weight: PackedWeight) -> _C.QWeight:
 
 
 def _as_rows(x: Tensor) -> Tensor:
-    """``[M, K]`` with adjacent elements in a row and rows at multiples of 16 bytes."""
+    """``[M, K]`` with adjacent elements in a row and rows at multiples of 16 bytes, none upon another."""
     rows = x.reshape(-1, x.shape[-1])
     if (
         rows.stride(1) != 1
+        or (rows.stride(0) < rows.shape[1] and rows.shape[0] > 1)
         or rows.stride(0) * rows.element_size() % _ALIGNMENT
         or rows.data_ptr() % _ALIGNMENT
     ):
