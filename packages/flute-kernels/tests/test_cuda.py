@@ -99,7 +99,7 @@ def test_x_in_every_shape_and_stride(weight: LutWeight) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_representative_for_the_sanitizers(bits: int) -> None:
+def test_representative_for_the_sanitizers(bits: int, poisoned: None) -> None:
     """Every kernel family once and small, since a sanitizer (nox -s sanitize) makes it slow."""
     spec = QuantSpec(bits=bits, group_size=32 if bits == 3 else 64)
     stored = linear_on_gpu(spec, 416, 448, tables=2)

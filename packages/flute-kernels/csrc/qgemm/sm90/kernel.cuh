@@ -23,7 +23,7 @@
 // kColumns / 2 clocks for 64 x 16 weights, but at least 13.
 //
 // When. Codes, scales and the table come before the wait for the kernel before, x and everything written after
-// it.
+// it. Of a mixture of experts (kGrouped), what there is to multiply is known after it alone (experts.cuh).
 #pragma once
 
 #include "core/early.cuh"
@@ -44,14 +44,19 @@ namespace flute::sm90 {
 template <int... kNumbers>
 constexpr int kThreadsOf = threads(Config{kNumbers...});
 
-// Barriers for some of a block's warps.
+// Barriers for some of a block's warps. The warp that copies is not in step, as one thread of it does more than the
+// others: it needs the kind without `.aligned` (PTX ISA 9.0, 9.7.13.1, barrier).
 template <int kNumber, int kCount>
 __device__ __forceinline__ void wait_at_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
+  asm volatile("barrier.sync.aligned %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
 }
 template <int kNumber, int kCount>
-__device__ __forceinline__ void arrive_at_barrier() {
-  asm volatile("bar.arrive %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
+__device__ __forceinline__ void wait_out_of_step() {
+  asm volatile("barrier.sync %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
+}
+template <int kNumber, int kCount>
+__device__ __forceinline__ void arrive_out_of_step() {
+  asm volatile("barrier.arrive %0, %1;" ::"n"(kNumber), "n"(kCount) : "memory");
 }
 
 // kGroup: of scales, 32, 64, or 128 for all above. S: the scales' type.
@@ -88,13 +93,13 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
       ring.init(kWarps);
     }
     __syncwarp();
-    if constexpr (kGrouped) wait_at_barrier<2, kAll>();
+    if constexpr (kGrouped) wait_out_of_step<2, kAll>();
     if constexpr (kGrouped) schedule = Schedule(experts.divide(stages_in_all), false, stages_in_all);
     Filler<kBits, kGroup, kStages, tiles(kConfig), kColumns, decltype(ring), decltype(find_set)> filler(
         ring, p, kStage, schedule, stages_in_all, find_set);
     if (elected) filler.begin();
     __syncwarp();
-    if constexpr (!kGrouped) arrive_at_barrier<2, kAll>();
+    if constexpr (!kGrouped) arrive_out_of_step<2, kAll>();
     if (elected) filler.go_on();
     return;
   }

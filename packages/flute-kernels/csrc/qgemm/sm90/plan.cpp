@@ -77,6 +77,8 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     // Wider blocks would multiply zeros, and narrower ones look all weights up again, which pays only for wide x.
     if (c.grouped || c.columns > columns || c.columns < (columns > 128 ? 96 : columns)) continue;
     if (tiles(c) > tiles_per_table) continue;
+    // At 3 bits, four warpgroups have too few registers for 64 columns: whole runs of codes take nine more.
+    if (w.bits == 3 && c.warpgroups == 4 && c.columns > 48) continue;
     Plan plan;
     plan.config = i;
     plan.groups_per_segment = static_cast<int>(ceil_div(tiles_per_table, tiles(c)));
