@@ -95,6 +95,11 @@ struct Division {
   int begins_joins;  // whether an item that joins a piece begins with it, as it came long before
 };
 
+// Of more sets than blocks, between one and two a block are left to share, or none.
+FLUTE_BOTH constexpr int waves_of(int sets, int blocks) {
+  return sets <= blocks ? 0 : sets / blocks - (sets % blocks != 0);
+}
+
 FLUTE_BOTH constexpr Division division(int sets, int stages, int blocks, int parts, int waves) {
   const int shared_sets = parts > 1 ? sets : sets - waves * blocks;
   const int run = parts > 1 ? stages : shared_sets * stages;

@@ -30,7 +30,7 @@ class Experts {
 
   __device__ __forceinline__ Division divide(int stages) const {
     const int blocks = gridDim.x, sets = same_of_warp(blocks_[p_.experts]) * groups();
-    return division(sets, stages, blocks, 1, sets <= blocks ? 0 : sets / blocks - (sets % blocks != 0));
+    return division(sets, stages, blocks, 1, waves_of(sets, blocks));
   }
 
   __device__ __forceinline__ Set find(int number) const {

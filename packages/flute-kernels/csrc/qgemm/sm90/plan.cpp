@@ -93,7 +93,7 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     };
     if (plan.sets > gpu.multiprocessors) {
       plan.blocks = gpu.multiprocessors;
-      plan.waves = static_cast<int>(plan.sets / plan.blocks - (plan.sets % plan.blocks != 0));
+      plan.waves = waves_of(static_cast<int>(plan.sets), plan.blocks);
       consider();
       continue;
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,11 +81,16 @@ def _multiply_fused(handle: _C.QWeight, rows: Tensor, bias: Tensor | None, out: 
         out.data_ptr(),
         out.shape[1],
     )
-    device, stream = rows.device.index, current_stream(rows.device)
-    wanted = _C.qgemm_cuda(*operands, 0, device, stream)
+    return _run(_C.qgemm_cuda, operands, rows.device)
+
+
+def _run(kernel: Callable[..., int], operands: tuple[Any, ...], device: torch.device) -> bool:
+    """Call a fused kernel, with workspace where it wants some; False where none serves the problem."""
+    stream = current_stream(device)
+    wanted = kernel(*operands, 0, device.index, stream)
     if wanted > 0:
-        workspace = torch.empty(wanted, dtype=torch.uint8, device=rows.device)
-        wanted = _C.qgemm_cuda(*operands, workspace.data_ptr(), device, stream)
+        workspace = torch.empty(wanted, dtype=torch.uint8, device=device)
+        wanted = kernel(*operands, workspace.data_ptr(), device.index, stream)
     return wanted == 0
 
 
@@ -126,12 +132,7 @@ def _multiply_grouped_fused(handle: _C.QWeight, rows: Tensor, counts: Tensor, ou
         out.data_ptr(),
         out.shape[1],
     )
-    device, stream = rows.device.index, current_stream(rows.device)
-    wanted = _C.qgemm_grouped_cuda(*operands, 0, device, stream)
-    if wanted > 0:
-        workspace = torch.empty(wanted, dtype=torch.uint8, device=rows.device)
-        wanted = _C.qgemm_grouped_cuda(*operands, workspace.data_ptr(), device, stream)
-    return wanted == 0
+    return _run(_C.qgemm_grouped_cuda, operands, rows.device)
 
 
 def _dequantize_rows(handle: _C.QWeight, part: Tensor, first: int) -> None:
