@@ -76,7 +76,10 @@ def flute_one_by_one(p: Problem) -> Side:
 def marlin(p: Problem) -> Side:
     """vLLM's int4 kernel for Ampere."""
     ops, uint4b8 = _vllm(p)
-    packed = ops.gptq_marlin_repack(_along_k(p.codes), p.k, p.n, 4, False)
+    # Until 0.32, rows of the weight could be in another order: which, is an operand more here and two below.
+    orders = "perm" in {a.name for a in ops.gptq_marlin_repack.default._schema.arguments}
+    as_they_are = torch.empty(0, dtype=torch.int32, device="cuda")
+    packed = ops.gptq_marlin_repack(_along_k(p.codes), *[as_they_are] * orders, p.k, p.n, 4, False)
     order = [i + 8 * j for i in range(8) for j in range(8)]
     scales = p.scales.t().contiguous().reshape(-1, 64)[:, order].reshape(-1, p.n).contiguous()
     weights = list(zip(_clones(packed, p.copies()), _clones(scales, p.copies()), strict=True))
@@ -86,8 +89,9 @@ def marlin(p: Problem) -> Side:
 
     def call(i: int, x: Tensor) -> Tensor:
         codes, s = weights[i]
-        tail = (len(x), p.n, p.k, False, True, False)
-        out: Tensor = ops.marlin_gemm(x, None, codes, None, s, None, None, None, locks, uint4b8, *tail)
+        head = (x, None, codes, None, s, None, None, None, *[None, None] * orders)
+        tail = (len(x), p.n, p.k, *[True] * orders, False, True, False)
+        out: Tensor = ops.marlin_gemm(*head, locks, uint4b8, *tail)
         return out
 
     return Side(call, len(weights), p.uniform())

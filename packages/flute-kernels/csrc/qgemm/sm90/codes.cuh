@@ -27,8 +27,11 @@ class Codes {
       pick_ = kept(0x40 + 0x11 * t);  // byte t of two words
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        at_[i] = kept(codes + layout::place_of_run(kBits, 4 * g + i) * (4 * kBits) + kBits * t);
+      for (int i = 0; i < kAddresses; ++i) {
+        // 4 bits: lane 8i + g says where run i of row g is.
+        const int run = kBits == 4 ? 4 * (lane % 8) + lane / 8 : 4 * g + i;
+        at_[i] = kept(codes + layout::place_of_run(kBits, run) * (4 * kBits) + (kBits == 2 ? 2 * t : 0));
+      }
     }
   }
 
@@ -42,13 +45,11 @@ class Codes {
         load_shared(runs_[r][1], unit + at_[0] + 16);
         load_shared(runs_[r][2], unit + at_[1]);
       } else {
+        if constexpr (kBits == 4) {
+          load_matrices(words_[r], unit + at_[0]);
+        } else {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (kBits == 4) {
-            load_shared(words_[r][i], unit + at_[i]);
-          } else {
-            load_shared_half(words_[r][i], unit + at_[i]);
-          }
+          for (int i = 0; i < 4; ++i) load_shared_half(words_[r][i], unit + at_[i]);
         }
       }
     }
@@ -94,7 +95,8 @@ class Codes {
     words[3] = fourth_word(words);
   }
 
-  uint32_t bank_, scales_at_, at_[kBits == 3 ? 2 : 4],
+  static constexpr int kAddresses = kBits == 2 ? 4 : kBits == 3 ? 2 : 1;
+  uint32_t bank_, scales_at_, at_[kAddresses],
       pick_ = 0;  // scales and codes: from the beginning of a stage
   uint32_t words_[kSlabs][4], runs_[kSlabs][3][4];
 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/both.h"
+#include "core/divide.h"
 #include "qgemm/common/layout.h"
 
 namespace flute::sm90 {
@@ -27,9 +28,11 @@ FLUTE_BOTH constexpr int rows(const Config& c) { return 64 * c.warpgroups * c.sl
 FLUTE_BOTH constexpr int tiles(const Config& c) { return 4 * c.warpgroups * c.slabs; }
 // Wide blocks multiply weights by their scales, narrow ones sums: a sum that waits for its scale takes a register
 // more, and the wide ones' registers are full of sums.
-FLUTE_BOTH constexpr bool scales_weights(const Config& c) { return c.columns * c.slabs > 128; }
-// Where sums need more than the registers that a thread can have at the launch (168 of two warpgroups and a warp, 96
-// of four), the warp that copies has a warpgroup around it, which leaves the others its registers.
+FLUTE_BOTH constexpr bool scales_weights(const Config& c) {
+  return c.columns * c.slabs > (c.warpgroups == 3 ? 64 : 128);
+}
+// Where sums need more than the registers that a thread can have at the launch (168 of two warpgroups and a warp, 152 of
+// three, 96 of four), the warp that copies has a warpgroup around it, which leaves the others its registers.
 FLUTE_BOTH constexpr bool shares_registers(const Config& c) {
   return c.columns * c.slabs >= 96 || (c.warpgroups == 4 && c.columns >= 48);
 }
@@ -128,10 +131,13 @@ struct Params {
   int64_t ldo;
   int n, m;
   int tiles, units;
-  int tiles_per_segment, groups_per_segment;  // rows of one table and one expert
-  int segments_per_table, table_count;
+  int tiles_per_segment;  // rows of one table and one expert
+  Divisor groups_per_segment, segments_per_table;
+  int table_count;
   int column_blocks;
-  int stores_fours;   // whether four neighbours of a row of out can be written at once
+  Divisor sets_of_band, band, last_band;  // columns' blocks in a band of them: schedule.cuh
+  Divisor parts, stages;                  // of a set, of all of K
+  int stores_fours, stores_eights;  // whether so many neighbours of a row of out can be written at once
   int is_cluster;     // whether the parts of a set run at the same time and see each other's shared memory
   Division division;  // of a mixture of experts, all but `parts` is for the kernel to find out
   const int32_t* counts;

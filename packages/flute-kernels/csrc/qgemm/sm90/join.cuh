@@ -7,26 +7,37 @@
 
 namespace flute::sm90 {
 
-// The pieces are those of a cluster: each block adds up, and writes, a share of the fragments, which it reads from the
-// others' shared memory.
+// The pieces are those of a cluster: each block adds up, and writes, a share of the fragments, which every block has put into
+// its shared memory. (To read them there from another block would take longer: a way forth and back.)
 template <class T, int kThreads, int kSlabs, int kFragments>
 __device__ __forceinline__ void join_in_cluster(const Params& p, const float (&sum)[kSlabs][kFragments][4],
                                                 int part, const Place& place, uint32_t scratch) {
-  constexpr int kCount = kSlabs * kFragments;
-  const int parts = p.division.parts;
-  const uint32_t at = scratch + threadIdx.x * 16;
+  constexpr int kCount = kSlabs * kFragments, kFragment = kThreads * 16;
+  const int parts = p.parts.divisor;
+  const auto begin_of = [&](int of) { return p.parts.quotient(kCount * of); };
+  const int most = p.parts.quotient(kCount + parts - 1);
+  const uint32_t own = scratch + threadIdx.x * 16;
+  cluster_arrive();
+  cluster_wait();  // all have read their last stage and looked up their last weight
 #pragma unroll
-  for (int f = 0; f < kCount; ++f)
-    store_shared(at + f * (kThreads * 16), sum[f / kFragments][f % kFragments]);
+  for (int i = 0; i < kMostOfCluster; ++i) {
+    if (i >= parts) break;
+    const uint32_t there = of_block(own + part * most * kFragment, i);
+    const int begin = begin_of(i), end = begin_of(i + 1);
+#pragma unroll
+    for (int f = 0; f < kCount; ++f)
+      store_to_block(there + (f - begin) * kFragment, sum[f / kFragments][f % kFragments],
+                     f >= begin && f < end);
+  }
   cluster_arrive();
   cluster_wait();
-  const int end = kCount * (part + 1) / parts;
+  const int begin = begin_of(part), end = begin_of(part + 1);
 #pragma unroll 2
-  for (int f = kCount * part / parts; f < end; ++f) {
+  for (int f = begin; f < end; ++f) {
     float v[kMostOfCluster][4], total[4] = {};
 #pragma unroll
     for (int i = 0; i < kMostOfCluster; ++i) {
-      if (i < parts) load_of_block(v[i], at + f * (kThreads * 16), i);
+      if (i < parts) load_shared(v[i], own + (i * most + f - begin) * kFragment);
     }
 #pragma unroll
     for (int i = 0; i < kMostOfCluster; ++i) {
@@ -35,8 +46,6 @@ __device__ __forceinline__ void join_in_cluster(const Params& p, const float (&s
     }
     write_out<T>(p, total, load_bias(p, place, f / kFragments), place, f / kFragments, f % kFragments);
   }
-  cluster_arrive();
-  cluster_wait();  // until nobody reads this block's shared memory
 }
 
 // Pieces that meet in memory. A block writes at most one. Warps of the same place in their blocks hand them over to each

@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
   constexpr Stage kStage(kBits, kGroup, kConfig);
   constexpr int kThreads = kWarpgroups * 128, kFragments = kColumns / 8;
   constexpr int kStages = stages(kStage, kConfig);
-  static_assert(kSlabs * kFragments * kThreads * 16 <= shared_bytes(kStage, kConfig));  // join_in_cluster
+  static_assert((kSlabs * kFragments + kMostOfCluster) * kThreads * 16 <= shared_bytes(kStage, kConfig));  // join_in_cluster
   constexpr int kWarps = kWarpgroups * 4;  // that multiply; the next one copies
-  const int stages_in_all = stages_of(kConfig, p.units);
+  const int stages_in_all = p.stages.divisor;
   launch_dependents();
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
   const auto find_set = [&](int number) {
     return kGrouped ? experts.find(number) : Set(p, number, kColumns);
   };
-  Schedule schedule(p.division, p.is_cluster, stages_in_all);
+  Schedule schedule(p, p.division);
   constexpr int kAll = kThreads + 32;  // the warp that copies, too
   if (warp >= kWarps) {
     if constexpr (shares_registers(kConfig)) leave_registers<kWarpgroups == 2 ? 40 : 32>();
@@ -93,20 +93,23 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
       ring.init(kWarps);
     }
     __syncwarp();
-    if constexpr (kGrouped) wait_out_of_step<2, kAll>();
-    if constexpr (kGrouped) schedule = Schedule(experts.divide(stages_in_all), false, stages_in_all);
+    if constexpr (kGrouped) {
+      wait_out_of_step<2, kAll>();
+    } else {
+      arrive_out_of_step<2, kAll>();
+    }
+    if constexpr (kGrouped) schedule = Schedule(p, experts.divide(stages_in_all));
     Filler<kBits, kGroup, kStages, tiles(kConfig), kColumns, decltype(ring), decltype(find_set)> filler(
         ring, p, kStage, schedule, stages_in_all, find_set);
-    if (elected) filler.begin();
-    __syncwarp();
-    if constexpr (!kGrouped) arrive_out_of_step<2, kAll>();
-    if (elected) filler.go_on();
+    if (elected) {
+      filler.begin();
+      filler.go_on();
+    }
     return;
   }
   if constexpr (shares_registers(kConfig)) {
-    static_assert(kWarpgroups == 2 || kWarpgroups == 4);
-    // Of 3 * 168 or 5 * 96 at the launch.
-    take_registers<kWarpgroups == 2 ? 232 : 112>();
+    // Of 3 * 168, 4 * 128 or 5 * 96 at the launch.
+    take_registers<kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112>();
   }
   if (table_is_elsewhere()) __trap();
   // In shared memory, behind the next barrier. Which expert's is the first, a block does not know so early.
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     if (warp == 0) experts.read_counts();
   }
   wait_at_barrier<2, kAll>();
-  if constexpr (kGrouped) schedule = Schedule(experts.divide(stages_in_all), false, stages_in_all);
+  if constexpr (kGrouped) schedule = Schedule(p, experts.divide(stages_in_all));
   // Votes, here and below: so the compiler sees that a warp's threads go the same way, and keeps what the main loop
   // reckons with in uniform registers.
   while (same_of_warp(schedule.has_next())) {
@@ -158,8 +161,7 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     const Place place{(group.tile + warp_tile) * layout::kTile - above, group.first_row - above, set.column,
                       set.end};
     if (p.is_cluster) {
-      wait_at_barrier<1, kThreads>();  // all have read the last stage and looked up the last weight
-      join_in_cluster<T, kThreads>(p, sum, schedule.number() % p.division.parts, place, base);
+      join_in_cluster<T, kThreads>(p, sum, schedule.part(), place, base);
       return;
     }
     if (p.division.parts > 2) {
@@ -172,7 +174,7 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     }
     if (same_of_warp(item.joins && !schedule.begins_joins()))
       pieces.add(sum, schedule.number() + 1, schedule.last_piece(item));
-    write_out<T>(p, sum, place);
+    write_set<T, kWarpgroups>(p, sum, place, base);
   }
   if constexpr (kGrouped) write_zeros<kThreads>(p, experts.rows() + blockIdx.x, gridDim.x);
 }

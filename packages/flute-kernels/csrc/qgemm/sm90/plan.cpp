@@ -24,31 +24,37 @@ int columns_for(int64_t m) {
   return columns;
 }
 
-// Microseconds on an H200, less what all plans of a problem take (docs/kernel-notes.md). Lookups and products share a
-// multiprocessor, so their times add up in part.
+// Microseconds on an H100, less what all plans of a problem take, fitted to times that were measured
+// (docs/kernel-notes.md). Lookups and products share a multiprocessor, so their times add up in part.
 double stage_time(const Config& c) {
-  const double unit = std::hypot(0.1656, c.columns * (0.00109 * c.warpgroups * c.slabs + 0.00062)) -
-                      (scales_weights(c) ? 0.018 : 0) + (c.slabs > 1 ? 0.118 : 0) +
-                      (c.warpgroups == 3   ? 0.054
-                       : c.warpgroups == 4 ? 0.113
+  const double unit = std::hypot(0.138, c.columns * (0.00131 * c.warpgroups * c.slabs + 0.00025)) -
+                      (scales_weights(c) ? 0.023 : 0) + (c.slabs > 1 ? 0.09 : 0) +
+                      (c.warpgroups == 3   ? 0.045
+                       : c.warpgroups == 4 ? 0.102
                                            : 0);
   return stage_units(c) * unit;
 }
 
-constexpr double kItem = 2.0;  // to begin and to end one
+constexpr double kItem = 1.32;  // to begin and to end one
 
-double time_of(const Config& c, const Plan& plan, int stages) {
+// To move the weight and x once: no division of the work takes less.
+double least_time(const QWeight& w, int64_t m) {
+  const double weights = static_cast<double>(w.n) * static_cast<double>(w.k);
+  return (weights * (w.bits / 8.0 + 2.0 / static_cast<double>(w.group)) + 2.0 * m * (w.n + w.k)) / 3e6;
+}
+
+double time_of(const Config& c, const Plan& plan, int stages, double least) {
   const double stage = stage_time(c), sums = 1e-3 * c.columns * c.warpgroups * c.slabs;
   if (plan.parts > 1) {
-    const double join = plan.is_cluster   ? 2.51 + 2.0 * sums
-                        : plan.parts == 2 ? 1.07 + 6.5 * sums
-                                          : 2.03 + 0.33 * (plan.parts - 1) + 5.6 * sums;
-    return static_cast<double>((stages + plan.parts - 1) / plan.parts) * stage + kItem + join;
+    const double join = plan.is_cluster   ? 1.44 + 4.2 * sums
+                        : plan.parts == 2 ? 1.03 + 2.5 * sums
+                                          : 1.18 + 0.34 * (plan.parts - 1) + 8.4 * sums;
+    return std::max((stages + plan.parts - 1) / plan.parts * stage, least) + kItem + join;
   }
   const double sets = static_cast<double>(plan.sets) / plan.blocks;
-  if (sets < 1) return sets * stages * stage + kItem + 2.62 + 14.6 * sums;
-  return sets * stages * stage + plan.waves * kItem +
-         (plan.shared_sets() > 0 ? 2.5 * kItem + 16.7 * sums : 0);
+  const double main = std::max(sets * stages * stage, least);
+  if (sets < 1) return main + kItem + 1.84 + 12.3 * sums;
+  return main + plan.waves * kItem + (plan.shared_sets() > 0 ? 7.5 + 8.0 * sums : 0);
 }
 
 // Clusters do not fill a GPU whole, as each lies within one of the few parts that it is made of: of an H200's 132
@@ -70,12 +76,13 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
   const int64_t tiles_per_table = layout::tiles_per_table(w);
   const int units = static_cast<int>(layout::units(w.k));
   const int columns = columns_for(m);
+  const double at_least = least_time(w, m);
   Plan best;
   double least = 0;
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
-    // Wider blocks would multiply zeros, and narrower ones look all weights up again, which pays only for wide x.
-    if (c.grouped || c.columns > columns || c.columns < (columns > 128 ? 96 : columns)) continue;
+    // Wider blocks would multiply zeros, and much narrower ones look all weights up again and again.
+    if (c.grouped || c.columns > columns || 2 * c.columns < columns) continue;
     if (tiles(c) > tiles_per_table) continue;
     // At 3 bits, four warpgroups have too few registers for 64 columns: whole runs of codes take nine more.
     if (w.bits == 3 && c.warpgroups == 4 && c.columns > 48) continue;
@@ -88,7 +95,7 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     if (plan.sets > kMostSets) continue;
     const int stages = stages_of(c, units);
     const auto consider = [&] {
-      const double time = time_of(c, plan, stages);
+      const double time = time_of(c, plan, stages, at_least);
       if (best.config < 0 || time < least) best = plan, least = time;
     };
     if (plan.sets > gpu.multiprocessors) {

@@ -70,14 +70,29 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t at) {
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(at));
 }
-__device__ __forceinline__ void store_shared(uint32_t at, const float (&v)[4]) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v[0]), "f"(v[1]), "f"(v[2]),
-               "f"(v[3])
+// Four 8 x 8 matrices of 16-bit values, of each of which lane 4g + t has row g, columns 2t and 2t + 1; their rows, of 16
+// bytes, are where lanes 8i to 8i + 7 say for matrix i (9.7.14.5.15, ldmatrix; 9.7.14.5.16, stmatrix). Stored transposed,
+// they have columns there.
+__device__ __forceinline__ void load_matrices(uint32_t (&v)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(at));
+}
+__device__ __forceinline__ void store_transposed(uint32_t at, uint32_t v0, uint32_t v1, uint32_t v2,
+                                                 uint32_t v3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v0),
+               "r"(v1), "r"(v2), "r"(v3)
+               : "memory");
+}
+__device__ __forceinline__ void load_shared(float (&v)[4], uint32_t at) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+               : "r"(at)
                : "memory");
 }
 
 // Blocks of a cluster wait for each other (9.7.13.4, barrier.cluster; threads that have ended count as arrived), and
-// read each other's shared memory (9.7.9.24, mapa).
+// write each other's shared memory (9.7.9.24, mapa).
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
 }
@@ -87,12 +102,12 @@ __device__ __forceinline__ uint32_t of_block(uint32_t at, int block) {
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
   return there;
 }
-__device__ __forceinline__ void load_of_block(float (&v)[4], uint32_t at, int block) {
-  const uint32_t there = of_block(at, block);
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
-               : "r"(there)
-               : "memory");
+__device__ __forceinline__ void store_to_block(uint32_t there, const float (&v)[4], bool on) {
+  asm volatile(
+      "{.reg .pred on; setp.ne.b32 on, %5, 0;\n"
+      "@on st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};}" ::"r"(there),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(int{on})
+      : "memory");
 }
 
 // A word in memory that says that what was written before it can be seen (8, memory consistency model).
@@ -125,8 +140,10 @@ __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
   return to;
 }
 
-// What this thread may see of writes to memory, its copies see from here on (9.7.13.4, fence.proxy).
-__device__ __forceinline__ void copies_see_writes() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// The four warps of a warpgroup meet (9.7.13.1, barrier). Numbers below 3 are the kernel's.
+__device__ __forceinline__ void wait_at_warpgroup(int number) {
+  asm volatile("barrier.sync.aligned %0, 128;" ::"r"(3 + number) : "memory");
+}
 
 // Warpgroup products (9.7.15): registers that take part may not be touched between fence and wait.
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -81,8 +81,8 @@ class Filler {
 
   // All else.
   __device__ __forceinline__ void go_on() {
+    // What that kernel wrote, copies see, too. (A fence between the ways to memory would first wait for the weights.)
     wait_for_predecessor();
-    copies_see_writes();
     for (int room = min(left_, kStages); room > 0; --room, --left_, ++number_, ring_.advance())
       copy_x(ring_, number_);
     while (true) {

@@ -1,5 +1,6 @@
 #include "qgemm/sm90/room.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <random>
@@ -13,12 +14,15 @@
 
 namespace flute::sm90 {
 
-// Fewer rows of x leave most of the products' columns empty, and the sm80 room is faster; for more, dequantizing
-// the weight once is, of a small weight sooner (docs/kernel-notes.md).
-constexpr int64_t kFewestRows = 17, kMostRows = 2048, kMostRowsOfSmall = 1024, kSmall = int64_t{1} << 25;
-constexpr int64_t kMostRowsOfAll = int64_t{1} << 30;  // a mixture's
+// Fewer rows of x leave most of the products' columns empty, and the sm80 room is faster, unless the weight is so large
+// that little else than its main loop counts (docs/kernel-notes.md).
+constexpr int64_t kFewestRows = 17, kFewestRowsOfLarge = 9, kLarge = int64_t{1} << 28;
+constexpr int64_t kMostRows = int64_t{1} << 30;
+constexpr int kRowsOfBand = 2048;                     // of x that blocks read at about the same time: schedule.cuh
 
 namespace {
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Of plans made before: a model has the same few shapes at every step, and a call asks several times.
 Plan plan_of(const QgemmProblem& p) {
@@ -51,9 +55,9 @@ uint64_t new_token() {
 
 bool supports(const QgemmProblem& p) {
   if (p.gpu.capability != 90 || p.dtype == DType::f32) return false;
-  const int64_t most_rows = p.weight.n * p.weight.k < kSmall ? kMostRowsOfSmall : kMostRows;
-  if (!p.counts && (p.m < kFewestRows || p.m > most_rows)) return false;
-  return p.m <= kMostRowsOfAll && plan_of(p).config >= 0;
+  const bool is_large = p.weight.bits == 4 && p.weight.n * p.weight.k >= kLarge;
+  if (!p.counts && p.m < (is_large ? kFewestRowsOfLarge : kFewestRows)) return false;
+  return p.m <= kMostRows && plan_of(p).config >= 0;
 }
 
 int64_t workspace_bytes(const QgemmProblem& p) {
@@ -83,11 +87,21 @@ Status launch(const QgemmProblem& p) {
   params.tiles = static_cast<int>(layout::tiles(w.n));
   params.units = static_cast<int>(layout::units(w.k));
   params.tiles_per_segment = static_cast<int>(segments.tiles);
-  params.groups_per_segment = plan.groups_per_segment;
-  params.segments_per_table = static_cast<int>(segments.per_table);
+  params.groups_per_segment = make_divisor(plan.groups_per_segment);
+  params.segments_per_table = make_divisor(static_cast<int>(segments.per_table));
   params.table_count = static_cast<int>(w.table_count);
   params.column_blocks = plan.column_blocks;
-  params.stores_fours = p.ldo % 4 == 0 && reinterpret_cast<uintptr_t>(p.out) % 8 == 0;
+  const int bands = ceil_div(plan.column_blocks, std::max(1, kRowsOfBand / config.columns));
+  const int band = ceil_div(plan.column_blocks, bands);
+  params.sets_of_band = make_divisor(plan.groups * band);
+  params.band = make_divisor(band);
+  params.last_band = make_divisor(plan.column_blocks - (ceil_div(plan.column_blocks, band) - 1) * band);
+  params.parts = make_divisor(plan.parts);
+  params.stages = make_divisor(stages_of(config, static_cast<int>(layout::units(w.k))));
+  const auto stores = [&](int64_t count) {
+    return p.ldo % count == 0 && reinterpret_cast<uintptr_t>(p.out) % (2 * count) == 0;
+  };
+  params.stores_fours = stores(4), params.stores_eights = stores(8);
   params.is_cluster = plan.is_cluster;
   if (p.counts) {
     params.counts = p.counts;

@@ -1,7 +1,8 @@
 // Which rows, columns and part of K a block multiplies, one item after the other.
 //
 // A set is a group of rows with a block of columns; sets of the same group are neighbours, so that they read its
-// weights at about the same time. Which pieces a set has depends on nothing but sizes, and so does the order in which
+// weights at about the same time. Many columns are divided into bands, one after the other, since blocks that run at the
+// same time should read few rows of x, which take four times the bytes of rows of weights. Which pieces a set has depends on nothing but sizes, and so does the order in which
 // they are added.
 //
 // Few sets: each is that of `parts` blocks, which have one item, a part of its K.
@@ -35,9 +36,9 @@ struct Group {
   int table, tile, first_row;
 
   __device__ __forceinline__ Group(const Params& p, int number, int tiles) {
-    const int segment = number / p.groups_per_segment;
-    const int wanted = (number - segment * p.groups_per_segment) * tiles;
-    table = segment / p.segments_per_table;
+    const int segment = p.groups_per_segment.quotient(number);
+    const int wanted = (number - segment * p.groups_per_segment.divisor) * tiles;
+    table = p.segments_per_table.quotient(segment);
     tile = segment * p.tiles_per_segment + min(wanted, p.tiles_per_segment - tiles);
     first_row = (segment * p.tiles_per_segment + wanted) * layout::kTile;
   }
@@ -47,24 +48,29 @@ struct Group {
 struct Set {
   int group, column, end;
 
-  __device__ __forceinline__ Set(const Params& p, int number, int columns)
-      : group(number / p.column_blocks), column((number - group * p.column_blocks) * columns), end(p.m) {}
+  __device__ __forceinline__ Set(const Params& p, int number, int columns) : end(p.m) {
+    const int band = p.sets_of_band.quotient(number), first = band * p.band.divisor;
+    const int in_band = number - band * p.sets_of_band.divisor;
+    const Divisor width = first + p.band.divisor < p.column_blocks ? p.band : p.last_band;
+    group = width.quotient(in_band);
+    column = (first + in_band - group * width.divisor) * columns;
+  }
   __device__ __forceinline__ Set(int group, int column, int end) : group(group), column(column), end(end) {}
 };
 
 class Schedule {
  public:
-  __device__ __forceinline__ Schedule(const Division& division, bool is_cluster, int stages)
-      : d_(division), is_cluster_(is_cluster), stages_(stages), waves_(division.waves) {
+  __device__ __forceinline__ Schedule(const Params& p, const Division& division)
+      : d_(division), is_cluster_(p.is_cluster), stages_(p.stages.divisor), waves_(division.waves) {
     if (d_.parts > 1) {
-      set_ = number() / d_.parts;
-      elsewhere_ = begin_of(number() - set_ * d_.parts);
-      left_ = begin_of(number() - set_ * d_.parts + 1) - elsewhere_;
+      set_ = p.parts.quotient(number());
+      elsewhere_ = begin_of(part());
+      left_ = begin_of(part() + 1) - elsewhere_;
     } else {
       const int begin = begin_of(number());
       left_ = begin_of(number() + 1) - begin;
-      set_ = begin / stages;
-      elsewhere_ = begin - set_ * stages;
+      set_ = p.stages.quotient(begin);
+      elsewhere_ = begin - set_ * stages_;
     }
   }
 
@@ -94,6 +100,9 @@ class Schedule {
   __device__ __forceinline__ int number() const {
     return is_cluster_ ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
   }
+
+  // Of the set that is this block's, if it has parts.
+  __device__ __forceinline__ int part() const { return number() - set_ * d_.parts; }
 
   __device__ __forceinline__ bool begins_joins() const { return d_.begins_joins; }
 
