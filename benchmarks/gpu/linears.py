@@ -43,17 +43,14 @@ def main() -> None:
     rows = _numbers(options.rows, ",") if options.rows else SHAPES["rows"]
     bandwidth = copy_bandwidth()
     print(f"{record.gpu_model()}; an elementwise kernel moves {bandwidth:.2f} TB/s")
-    figures = [
-        figure
-        for dtype in options.dtypes.split(",")
-        for n, k in shapes
-        for bits in _numbers(options.bits, ",")
-        for figure in compare(
-            Problem(n, k, bits, options.group_size, DTYPES[dtype]), rows, options.sides.split(","), bandwidth
-        )
-    ]
-    if options.save:
-        record.save("gpu-linears", {"bandwidth_tb_s": bandwidth, "times": figures})
+    figures: list[dict[str, Any]] = []
+    for dtype in options.dtypes.split(","):
+        for n, k in shapes:
+            for bits in _numbers(options.bits, ","):
+                problem = Problem(n, k, bits, options.group_size, DTYPES[dtype])
+                figures += compare(problem, rows, options.sides.split(","), bandwidth)
+                if options.save:  # each time, since a run takes many minutes
+                    record.save("gpu-linears", {"bandwidth_tb_s": bandwidth, "times": figures})
 
 
 def _numbers(text: str, separator: str) -> list[int]:

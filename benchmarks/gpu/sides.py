@@ -21,6 +21,9 @@ from flute_kernels import _C
 
 __all__ = ["SIDES", "Absent", "Side"]
 
+_FEW_ROWS, _ROWS_OF_AMPERE = 64, 1024
+"""Where a side that takes long tells nothing more: one by one, and on Hopper with Ampere's instructions."""
+
 
 class Absent(Exception):
     """Why a side takes no part."""
@@ -70,7 +73,7 @@ def flute_one_by_one(p: Problem) -> Side:
         finally:
             _C.launch_early(True)
 
-    return Side(call, side.copies, side.weight)
+    return Side(call, side.copies, side.weight, _FEW_ROWS)
 
 
 def marlin(p: Problem) -> Side:
@@ -94,7 +97,7 @@ def marlin(p: Problem) -> Side:
         out: Tensor = ops.marlin_gemm(*head, locks, uint4b8, *tail)
         return out
 
-    return Side(call, len(weights), p.uniform())
+    return Side(call, len(weights), p.uniform(), _ROWS_OF_AMPERE)
 
 
 def machete(p: Problem) -> Side:
@@ -149,9 +152,12 @@ def bitsandbytes(p: Problem) -> Side:
     weights = list(zip(_clones(packed, p.copies()), _clones(absmax, p.copies()), strict=True))
     op = torch.ops.bitsandbytes.gemm_4bit.default
     dense = p.scaled(torch.tensor(NF4, device="cuda")[p.codes.int()])
-    return Side(
-        lambda i, x: op(x, weights[i][0], [p.n, p.k], weights[i][1], p.group_size, "nf4"), len(weights), dense
-    )
+
+    def call(i: int, x: Tensor) -> Tensor:
+        out: Tensor = op(x, weights[i][0], [p.n, p.k], weights[i][1], p.group_size, "nf4")
+        return out
+
+    return Side(call, len(weights), dense, _ROWS_OF_AMPERE)
 
 
 def tinygemm(p: Problem) -> Side:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 
 __all__ = ["microseconds"]
 
-_WARM_UP = 5e3
-"""Microseconds of replays before the first that counts: a GPU that idled comes back to its clocks."""
+_WARM_UP, _WARM_UP_OF_IDLE = 5e3, 60e3
+"""Microseconds of replays before the first that counts. A GPU that idled comes back to its clocks slowly."""
+
+_IDLE = 0.1
+"""Seconds without a measurement after which a GPU has idled."""
+
+_last = 0.0
 
 
 def microseconds(
@@ -37,12 +43,14 @@ def microseconds(
     with torch.cuda.graph(graph):
         for i in range(calls):
             call(i % copies)
-    spent = 0.0
-    while spent < _WARM_UP:
+    global _last
+    spent, warm_up = 0.0, _WARM_UP if time.monotonic() - _last < _IDLE else _WARM_UP_OF_IDLE
+    while spent < warm_up:
         spent += _elapsed(graph.replay)
     times: list[float] = []
     while len(times) < replays and (len(times) < 5 or sum(times) * calls < budget):
         times.append(_elapsed(graph.replay) / calls)
+    _last = time.monotonic()
     return statistics.median(times)
 
 

@@ -78,7 +78,14 @@ def test_sizes(n: int, k: int, m: int, poisoned: None) -> None:
     [QuantSpec(bits=4, group_size=256), QuantSpec(bits=3, group_size=-1), QuantSpec(bits=2, group_size=32)],
     ids=spec_id,
 )
-@pytest.mark.parametrize(("n", "k", "m"), [(34_016, 512, 30), (20_000, 768, 100), (9_024, 1280, 600)])
+@pytest.mark.parametrize(
+    ("n", "k", "m"),
+    [
+        *((34_016, 512, 30), (20_000, 768, 100), (9_024, 1280, 600)),
+        (2_080, 512, 5_000),  # so many rows of x that they come in bands
+        (65_536, 4_096, 12),  # so large that Hopper's room takes fewer rows than else
+    ],
+)
 def test_more_sets_of_rows_and_columns_than_blocks(
     spec: QuantSpec, n: int, k: int, m: int, poisoned: None
 ) -> None:

@@ -137,7 +137,7 @@ struct Params {
   int column_blocks;
   Divisor sets_of_band, band, last_band;  // columns' blocks in a band of them: schedule.cuh
   Divisor parts, stages;                  // of a set, of all of K
-  int stores_fours, stores_eights;  // whether so many neighbours of a row of out can be written at once
+  int stores_fours, stores_eights;        // whether so many neighbours of a row of out can be written at once
   int is_cluster;     // whether the parts of a set run at the same time and see each other's shared memory
   Division division;  // of a mixture of experts, all but `parts` is for the kernel to find out
   const int32_t* counts;

@@ -48,7 +48,9 @@ class Experts {
   }
 
  private:
-  __device__ __forceinline__ int groups() const { return p_.groups_per_segment.divisor * p_.segments_per_expert; }
+  __device__ __forceinline__ int groups() const {
+    return p_.groups_per_segment.divisor * p_.segments_per_expert;
+  }
 
   const Params& p_;
   int* const rows_;    // before each expert, and of all

@@ -67,8 +67,9 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
   constexpr Stage kStage(kBits, kGroup, kConfig);
   constexpr int kThreads = kWarpgroups * 128, kFragments = kColumns / 8;
   constexpr int kStages = stages(kStage, kConfig);
-  static_assert((kSlabs * kFragments + kMostOfCluster) * kThreads * 16 <= shared_bytes(kStage, kConfig));  // join_in_cluster
-  constexpr int kWarps = kWarpgroups * 4;  // that multiply; the next one copies
+  static_assert((kSlabs * kFragments + kMostOfCluster) * kThreads * 16 <=
+                shared_bytes(kStage, kConfig));  // join_in_cluster
+  constexpr int kWarps = kWarpgroups * 4;        // that multiply; the next one copies
   const int stages_in_all = p.stages.divisor;
   launch_dependents();
 

@@ -18,7 +18,7 @@ namespace flute::sm90 {
 // that little else than its main loop counts (docs/kernel-notes.md).
 constexpr int64_t kFewestRows = 17, kFewestRowsOfLarge = 9, kLarge = int64_t{1} << 28;
 constexpr int64_t kMostRows = int64_t{1} << 30;
-constexpr int kRowsOfBand = 2048;                     // of x that blocks read at about the same time: schedule.cuh
+constexpr int kRowsOfBand = 2048;  // of x that blocks read at about the same time: schedule.cuh
 
 namespace {
 
