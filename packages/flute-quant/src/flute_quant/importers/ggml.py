@@ -55,7 +55,8 @@ def _half(data: Tensor) -> Tensor:
 
 def _half_power(data: Tensor) -> Tensor:
     """Half of the power of two with a biased exponent (e8m0): the table is in halves."""
-    return torch.ldexp(torch.ones(()), data[..., 0].to(torch.int32) - 128).to(torch.bfloat16)
+    powers = torch.tensor([2.0 ** (e - 128) for e in range(256)], dtype=torch.bfloat16)
+    return powers[data[..., 0].long()]
 
 
 _INT4 = tuple(float(v) for v in range(-8, 8))
