@@ -21,6 +21,7 @@ from flute_quant import (
     inspect_checkpoint,
 )
 from flute_quant.checkpoint.quantized import QuantizedFolder
+from flute_quant.cli import main
 from flute_quant.importers.tiles import unpack_tiles
 
 from . import foreign
@@ -471,3 +472,53 @@ def test_options_are_checked(checkpoints: Copy, tmp_path: Path, leaves_nothing: 
     refused(tmp_path / "source", "dtype is torch.int8", leaves_nothing, dtype=torch.int8)
     refused(tmp_path / "source-gone", "does not exist", leaves_nothing)
     assert importer_names() == ("bitsandbytes", "gptq", "awq", "gguf", "flute-kernel", "higgs")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_says_what_it_did(
+    checkpoints: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.write_bitsandbytes(checkpoints("llama"), tmp_path / "source", block=128)
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "1 linear left in 16 bits, not quantized in the source (such as lm_head)." in out
+    assert "14 linears from bitsandbytes, in" in out
+    assert "All of them have exactly the values that they had." in out
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert "method import bitsandbytes" in capsys.readouterr().out
+
+
+def test_the_command_says_what_was_rounded(
+    checkpoints: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.write_bitsandbytes(checkpoints("llama"), tmp_path / "source", nested=True)
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "14 linears with double-quantized scales rounded to float16 (such as model.layers.0" in out
+    assert "changed their values by a relative squared error of" in out
+
+
+def test_the_command_refuses_with_a_sentence(
+    checkpoints: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str], leaves_nothing: Callable[[], None]
+) -> None:
+    foreign.write_gptq(checkpoints("llama"), tmp_path / "source")
+    assert main(["import", str(tmp_path / "source"), str(tmp_path / "out"), "--from", "awq"]) == 2
+    assert "qzeros" in capsys.readouterr().err
+    leaves_nothing()
+    with pytest.raises(SystemExit):
+        main(["import", "--help"])
+    help_text = capsys.readouterr().out
+    assert all(name in help_text for name in importer_names())
+
+
+def test_the_command_replaces_only_when_told(
+    checkpoints: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign.write_gptq(checkpoints("llama"), tmp_path / "source")
+    arguments = ["import", str(tmp_path / "source"), str(tmp_path / "out")]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0

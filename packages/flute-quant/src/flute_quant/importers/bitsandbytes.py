@@ -10,7 +10,6 @@ Source: ``QuantState.as_dict`` and ``dequantize_4bit`` of github.com/bitsandbyte
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -60,7 +59,7 @@ def _linear(folder: CheckpointFolder, module: str, kind: str) -> SourceLinear:
         raise CheckpointError(
             f"{prefix} has {packed.nbytes} bytes; {n} x {k} codes of 4 bits take {n * k // 2}."
         )
-    expected = {f"{prefix}.quant_map": 16, f"{prefix}.absmax": math.ceil(n * k / block)}
+    expected = {f"{prefix}.quant_map": 16, f"{prefix}.absmax": -(-n * k // block)}
     for tensor, count in expected.items():
         if folder.tensor(tensor).numel != count:
             raise CheckpointError(
@@ -107,12 +106,13 @@ def _absmax(folder: CheckpointFolder, module: str, state: dict[str, Any]) -> Ten
     prefix = f"{module}.weight"
     stored = folder.read(f"{prefix}.absmax").reshape(-1)
     if "nested_blocksize" not in state:
-        return stored.to(torch.float32)
+        require_tensors(folder, {f"{prefix}.absmax": ("F32",)})
+        return stored
     require_tensors(folder, {f"{prefix}.nested_absmax": ("F32",), f"{prefix}.nested_quant_map": ("F32",)})
     table = folder.read(f"{prefix}.nested_quant_map")
     nested = folder.read(f"{prefix}.nested_absmax").reshape(-1)
     block = state["nested_blocksize"]
-    count = math.ceil(len(stored) / block)
+    count = -(-len(stored) // block)
     if table.numel() != 256 or nested.numel() != count or stored.dtype != torch.uint8:
         raise CheckpointError(
             f"{prefix} has {len(stored)} maxima as {stored.dtype}, {nested.numel()} nested ones and a table "

@@ -71,7 +71,7 @@ def _linear(folder: CheckpointFolder, module: str, announced: object, *, offset:
     require_tensors(
         folder, {f"{module}.qweight": ("I32",), f"{module}.qzeros": ("I32",), f"{module}.scales": floats}
     )
-    words, n = folder.tensor(f"{module}.qweight").shape
+    words, n = _two(folder, f"{module}.qweight")
     small = _small(folder, module, announced, offset)
     k = words * 32 // small.bits
     spec = checked_spec(f"{module}.qweight", n, k, bits=small.grid.bits, group_size=small.group_size)
