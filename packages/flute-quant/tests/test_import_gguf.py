@@ -38,6 +38,14 @@ _NORMS = {
     "qwen2": ("attn_norm", "ffn_norm"),
     "qwen3": ("attn_norm", "ffn_norm", "attn_q_norm", "attn_k_norm"),
     "gemma2": ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"),
+    "gemma3": (
+        "attn_norm",
+        "ffn_norm",
+        "attn_q_norm",
+        "attn_k_norm",
+        "post_attention_norm",
+        "post_ffw_norm",
+    ),
 }
 
 
@@ -74,6 +82,8 @@ def write(path: Path, architecture: str = "llama", kind: str = "Q4_0", **others:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(16)
     writer.add_vocab_size(128)
+    if "scaling" in others:
+        writer.add_string(f"{architecture}.rope.scaling.type", others.pop("scaling"))
     writer.add_tokenizer_model("llama")
     tokens = [
         "<unk>",
@@ -92,7 +102,7 @@ def write(path: Path, architecture: str = "llama", kind: str = "Q4_0", **others:
     random = np.random.default_rng(0)
     layers = [f"blk.{i}." for i in range(2)]
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (128, 64), "output": (128, 64)}
-    if architecture == "gemma2":
+    if architecture.startswith("gemma"):
         del shapes["output"]  # always tied
     linears = {**_LINEARS, **(_QWEN3 if architecture == "qwen3" else {})}
     shapes |= {layer + name: shape for layer in layers for name, shape in linears.items()}
@@ -106,7 +116,9 @@ def write(path: Path, architecture: str = "llama", kind: str = "Q4_0", **others:
         data = blocks(random, type_, *shape)
         writer.add_tensor(f"{name}.weight", data, raw_dtype=gguf.GGMLQuantizationType[type_])
     for name in norms:
-        size = 128 if "_q_norm" in name or "_k_norm" in name else 64
+        size = 64
+        if "_q_norm" in name or "_k_norm" in name:
+            size = 128 if architecture == "qwen3" else 16
         writer.add_tensor(f"{name}.weight", 1 + random.standard_normal(size).astype(np.float32) / 8)
     if architecture == "qwen2":
         for layer in layers:
@@ -190,6 +202,31 @@ def test_the_folder_has_a_config_and_a_tokenizer(tmp_path: Path) -> None:
     assert all(layer.error == 0 for layer in inspect_checkpoint(tmp_path / "out").layers)
 
 
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_the_scaling_of_llama_3_is_found_in_its_factors(tmp_path: Path, factor: float) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, rope_parameters=scaling)
+    plain = 10000.0 ** (-torch.arange(0, 16, 2).float() / 16)
+    factors = plain / LlamaRotaryEmbedding(config).inv_freq
+    assert float(factors[0]) == 1
+    assert float(factors[-1]) == pytest.approx(factor)
+    path = write(tmp_path / "source/tiny.gguf", extra={"rope_freqs.weight": factors.numpy()})
+    import_checkpoint(path, tmp_path / "out")
+    written = json.loads((tmp_path / "out/config.json").read_text())["rope_parameters"]
+    assert written.pop("factor") == pytest.approx(factor)
+    scaling.pop("factor")
+    assert written == scaling
+
+
 def test_linears_of_other_types_stay_in_16_bits(tmp_path: Path) -> None:
     path = write(tmp_path / "source/tiny.gguf", attn_v="Q8_0", ffn_down="F32")
     report = import_checkpoint(path, tmp_path / "out", dtype=torch.float32)
@@ -224,7 +261,15 @@ def test_a_large_file_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"ffn": "Q8_0"}, r"has 36,864 of 61,440 weights of linears in types .* stored as Q8_0"),
         (
             {"extra": {"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)}},
-            r"has 1 tensors that its model, .* no parameter for; one is rope_freqs.weight \[8\]",
+            r"rope_freqs.weight in .* has 8 factors from 1 to 8 for theta 10000, which are not Llama 3's",
+        ),
+        (
+            {"extra": {"blk.0.attn_sinks.weight": np.ones(4, dtype=np.float32)}},
+            r"has 1 tensors that its model, .* no parameter for; one is blk.0.attn_sinks.weight \[4\]",
+        ),
+        (
+            {"scaling": "yarn"},
+            r"scales rotary frequencies by 'yarn', which Transformers does not read",
         ),
     ],
 )

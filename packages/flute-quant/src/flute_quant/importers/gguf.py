@@ -36,12 +36,14 @@ from flute_quant.importers.base import (
     checked_spec,
 )
 from flute_quant.importers.ggml import BLOCK, BLOCK_TYPES, BlockType
+from flute_quant.importers.rope import llama3_scaling
 from flute_quant.patterns import matches
 from flute_quant.plan import DEFAULT_IGNORE
 
 __all__ = ["IMPORTER"]
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FREQUENCIES = "rope_freqs.weight"
 _MAX_FILE = 4 << 30
 # Dequantized at once: 16 M values are 64 MB.
 _VALUES = 1 << 24
@@ -97,11 +99,12 @@ def _open(found: Candidate) -> Source:
         raise QuantizationError(
             f"{file} holds a model of the architecture {kind!r}; supported are {', '.join(_ARCHITECTURES)}."
         )
+    tensors = {t.name: t for t in reader.tensors}
     config = _config(file)
-    model = build_structure(file.parent, config, len(reader.tensors))
+    _scale_rotation(file, reader, kind, config, tensors)
+    model = build_structure(file.parent, config, len(tensors))
     config["architectures"] = [type(model).__name__]
     config["dtype"] = str(found.dtype).removeprefix("torch.")
-    tensors = {t.name: t for t in reader.tensors}
     names = _names(file, model, kind, tensors)
     modules = dict(model.named_modules())
     linears: dict[str, SourceLinear] = {}
@@ -191,6 +194,30 @@ def _config(file: Path) -> dict[str, Any]:
     config: dict[str, Any] = found.to_diff_dict()
     config.pop("_name_or_path", None)
     return config
+
+
+def _scale_rotation(
+    file: Path, reader: Any, kind: str, config: dict[str, Any], tensors: dict[str, Any]
+) -> None:
+    """Put the scaling of rotary frequencies into the config; refuse one that would be lost."""
+    found = reader.get_field(f"{kind}.rope.scaling.type")
+    if found is not None and found.contents() != "none":
+        raise QuantizationError(
+            f"{file} scales rotary frequencies by {found.contents()!r}, which Transformers does not read "
+            "from GGUF; supported are none and Llama 3's."
+        )
+    if _FREQUENCIES not in tensors:
+        return
+    factors = torch.from_numpy(np.array(tensors.pop(_FREQUENCIES).data, dtype=np.float32))
+    theta = config["rope_parameters"]["rope_theta"]
+    scaling = llama3_scaling(factors, theta)
+    if scaling is None:
+        raise QuantizationError(
+            f"{_FREQUENCIES} in {file} has {len(factors)} factors from {float(factors.min()):.4g} to "
+            f"{float(factors.max()):.4g} for theta {theta:g}, which are not Llama 3's; no others are "
+            "supported."
+        )
+    config["rope_parameters"] = {**config["rope_parameters"], **scaling}
 
 
 def _write_tokenizer(file: Path, target: Path) -> None:
