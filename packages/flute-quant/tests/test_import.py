@@ -124,7 +124,8 @@ def test_zero_points_that_differ_take_a_larger_table(
     wide: Path, tmp_path: Path, bits: int, wider: int
 ) -> None:
     zeros = torch.randint(1, 1 << bits, (2, 256), generator=torch.Generator().manual_seed(0))
-    values = foreign.write_gptq(wide, tmp_path / "source", bits=bits, group=128, zeros=zeros)
+    g_idx = torch.tensor([1, 0]).repeat_interleave(128)
+    values = foreign.write_gptq(wide, tmp_path / "source", bits=bits, group=128, zeros=zeros, g_idx=g_idx)
     report = import_checkpoint(tmp_path / "source", tmp_path / "out")
     assert report.exact
     assert f"{wider} bits for {bits}-bit codes with zero points from 1 to {2**bits - 1}" in set(
