@@ -84,18 +84,19 @@ def write(path: Path, architecture: str = "llama", kind: str = "Q4_0", **others:
     writer.add_vocab_size(128)
     if "scaling" in others:
         writer.add_string(f"{architecture}.rope.scaling.type", others.pop("scaling"))
-    writer.add_tokenizer_model("llama")
-    tokens = [
-        "<unk>",
-        "<s>",
-        "</s>",
-        *(f"<0x{i:02X}>" for i in range(64)),
-        "▁",
-        *(f"w{i}" for i in range(60)),
-    ]
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * 128)
-    writer.add_token_types([2, 3, 3, *[6] * 64, *[1] * 61])
+    if architecture.startswith("qwen"):
+        pairs = [f"{a}{b}" for a in "abcde" for b in "abcdefghij"]
+        letters = [chr(ord("!") + i) for i in range(75) if chr(ord("!") + i) not in "<>"]
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(["<unk>", "<s>", "</s>", *letters, *pairs, "Ġ", "Ċ"])
+        writer.add_token_merges([" ".join(pair) for pair in pairs])
+        writer.add_token_types([3, 3, 3, *[1] * 125])
+    else:
+        words = ["▁", *(f"w{i}" for i in range(60))]
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(64)), *words])
+        writer.add_token_scores([0.0] * 128)
+        writer.add_token_types([2, 3, 3, *[6] * 64, *[1] * 61])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

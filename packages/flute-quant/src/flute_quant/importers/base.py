@@ -103,6 +103,7 @@ class Source:
         nbytes: size of its weight files.
         side_files: writes tokenizer, generation config and the like into a folder.
         left: linears that stay in 16 bits to the reason, where the importer knows one.
+        unheld: those of them that are quantized in the source, in a way that the format cannot hold.
         notes: what else a user should know, in sentences.
     """
 
@@ -114,6 +115,7 @@ class Source:
     nbytes: int
     side_files: Callable[[Path], None]
     left: dict[str, str] = field(default_factory=dict)
+    unheld: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 

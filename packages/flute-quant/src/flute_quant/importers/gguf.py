@@ -109,6 +109,7 @@ def _open(found: Candidate) -> Source:
     modules = dict(model.named_modules())
     linears: dict[str, SourceLinear] = {}
     left: dict[str, str] = {}
+    unheld: list[str] = []
     packed: dict[str, str] = {}
     parts: list[SourceLinear | PassedTensor] = []
     for parameter, tensor_name in names.items():
@@ -128,8 +129,12 @@ def _open(found: Candidate) -> Source:
             linears[stem] = linear
             parts.append(linear)
             continue
-        if wanted:
-            left[stem] = "a head or a router" if head else f"stored as {type_name}, which is no table of 16"
+        if wanted and head:
+            left[stem] = "a head or a router"
+        elif wanted:
+            left[stem] = f"stored as {type_name}, which is no table of 16"
+            if type_name not in _FLOATS:
+                unheld.append(stem)
         if type_name not in _FLOATS:
             packed[parameter] = type_name
         offset = known.norm_offset if tensor_name.endswith("norm.weight") else 0.0
@@ -151,6 +156,7 @@ def _open(found: Candidate) -> Source:
         nbytes=status.st_size,
         side_files=partial(_write_tokenizer, file),
         left=left,
+        unheld=frozenset(unheld),
         notes=_notes(packed, found.dtype),
     )
 

@@ -224,13 +224,13 @@ def _check_coverage(
     source: Source, model: nn.Module, linears: list[SourceLinear], left: dict[str, str]
 ) -> None:
     """Refuse a source of which little can be kept quantized: its output would be many times larger."""
-    foreign = [n for n, why in left.items() if why.startswith("stored as")]
-    others = sum(model.get_parameter(f"{n}.weight").numel() for n in foreign)
+    unheld = [name for name in left if name in source.unheld]
+    others = sum(model.get_parameter(f"{name}.weight").numel() for name in unheld)
     total = others + sum(linear.weights for linear in linears)
     if others > (1 - _LEAST) * total:
         raise QuantizationError(
             f"{source.path} has {others:,} of {total:,} weights of linears in types that the format cannot "
-            f"hold, such as {foreign[0]}, {left[foreign[0]]}; expected at most {1 - _LEAST:.0%}."
+            f"hold, such as {unheld[0]}, {left[unheld[0]]}; expected at most {1 - _LEAST:.0%}."
         )
 
 
