@@ -413,6 +413,9 @@ def test_a_packing_that_nothing_tells_is_asked_for(
         (".scales", lambda t: t * torch.inf, r"scales has \d+ of \d+ scales that are NaN or infinite"),
         (".scales", lambda t: None, r"lacks .*scales, of dtype F16 or BF16 or F32"),
         (".qweight", lambda t: t.to(torch.int64), r"qweight is I64 .*; expected I32"),
+        (".g_idx", lambda t: t[:0], r"g_idx names the groups of 0 inputs; there are 64"),
+        (".g_idx", lambda t: t[None], r"g_idx is torch.int32 \[1, 64\]; expected int32 \[K\]"),
+        (".qweight", lambda t: t[:0], r"qweight is \[0, 64\]; expected two dimensions"),
         (".g_idx", lambda t: t + 1, r"g_idx names the groups 1 to \d+; its scales have 0 to"),
         (
             ".bias",
@@ -435,7 +438,8 @@ def test_damaged_tensors_are_refused(
             tensors[suffix] = change(tensors.get(suffix))
         return {k: v for k, v in tensors.items() if v is not None}, values
 
-    foreign.write(checkpoints("llama"), tmp_path / "source", encode, {"quant_method": "gptq"})
+    config = {"quant_method": "gptq", "bits": 4}
+    foreign.write(checkpoints("llama"), tmp_path / "source", encode, config)
     refused(tmp_path / "source", match, leaves_nothing)
 
 
@@ -446,6 +450,12 @@ def test_damaged_tensors_are_refused(
         (".weight.absmax", lambda t: t[:-1], r"absmax has 63 values; expected 64 for 64 x 64 weights"),
         (".weight.quant_map", lambda t: t[:8], r"quant_map has 8 values; expected 16"),
         (".weight.quant_state.bitsandbytes__nf4", lambda t: t[:9], r"is not the state of a 4-bit weight"),
+        (".weight.absmax", lambda t: t.to(torch.uint8), r"absmax is U8 \[64\]; expected F32"),
+        (
+            ".weight.nested_absmax",
+            lambda t: t.repeat(2),
+            r"2 nested ones and a table of 256; expected uint8, 1",
+        ),
         (".weight.nested_quant_map", lambda t: t[:9], r"a table of 9; expected uint8, 1 and 256"),
     ],
 )

@@ -88,7 +88,7 @@ def _read(folder: CheckpointFolder, module: str, kind: str) -> Imported:
     block_of = torch.arange(n * k // size) * size // state["blocksize"]
     fitted = _fitted(folder, module, state)
     fitted = replace(fitted, scales=fitted.scales[block_of].view(n, k // size))
-    table = folder.read(f"{prefix}.quant_map")
+    table = folder.read(f"{prefix}.quant_map").reshape(-1)
     stored = (table.double() * fitted.factor).to(torch.float32)
     linear = QuantizedLinear.from_codes(codes, fitted.scales, stored, spec)
     if fitted.exact:
@@ -109,7 +109,7 @@ def _absmax(folder: CheckpointFolder, module: str, state: dict[str, Any]) -> Ten
         require_tensors(folder, {f"{prefix}.absmax": ("F32",)})
         return stored
     require_tensors(folder, {f"{prefix}.nested_absmax": ("F32",), f"{prefix}.nested_quant_map": ("F32",)})
-    table = folder.read(f"{prefix}.nested_quant_map")
+    table = folder.read(f"{prefix}.nested_quant_map").reshape(-1)
     nested = folder.read(f"{prefix}.nested_absmax").reshape(-1)
     block = state["nested_blocksize"]
     count = -(-len(stored) // block)
@@ -119,7 +119,7 @@ def _absmax(folder: CheckpointFolder, module: str, state: dict[str, Any]) -> Ten
             f"of {table.numel()}; expected uint8, {count} and 256."
         )
     # Two roundings in float32, the product and then the sum: this order is part of the format.
-    maxima: Tensor = table[stored.long()] * nested.repeat_interleave(block)[: len(stored)]
+    maxima: Tensor = table[stored.long()] * nested[torch.arange(len(stored)) // block]
     return maxima + float(state["nested_offset"])
 
 

@@ -112,8 +112,12 @@ def _small(folder: CheckpointFolder, module: str, announced: object, offset: int
     if columns != n:
         raise CheckpointError(f"{module}.scales is {[groups, columns]}; expected [K / g, {n}].")
     g_idx = folder.read(f"{module}.g_idx") if f"{module}.g_idx" in folder.location else None
+    if g_idx is not None and (g_idx.ndim != 1 or g_idx.dtype not in (torch.int32, torch.int64)):
+        raise CheckpointError(f"{module}.g_idx is {g_idx.dtype} {list(g_idx.shape)}; expected int32 [K].")
     bits = _bits(module, words, g_idx, announced)
     k = words * 32 // bits
+    if g_idx is not None and len(g_idx) != k:
+        raise CheckpointError(f"{module}.g_idx names the groups of {len(g_idx)} inputs; there are {k}.")
     zeros_shape = _two(folder, f"{module}.qzeros")
     if zeros_shape != (groups, n * bits // 32):
         raise CheckpointError(

@@ -108,10 +108,10 @@ def group_for(size: int, in_features: int, name: str) -> int:
     Raises:
         QuantizationError: the source's groups are smaller than ours can be, or do not divide K.
     """
-    if size % in_features == 0:
+    if size and in_features and size % in_features == 0:
         return PER_ROW
     fits = [g for g in GROUP_SIZES if size % g == 0 and in_features % g == 0]
-    if not fits:
+    if not fits or not size or not in_features:
         raise QuantizationError(
             f"{name} has groups of {size} in rows of {in_features}; supported are whole rows and multiples "
             f"of {GROUP_SIZES[0]} that share a divisor among {', '.join(map(str, GROUP_SIZES))} with the row."
