@@ -22,6 +22,7 @@ from flute_quant.importance import (
     load_importance,
     random_token_importance,
 )
+from flute_quant.importers import ImportReport, import_checkpoint, importer_names
 from flute_quant.methods import method_names, register_method, resolve_method, table_method
 from flute_quant.model import ModelReport, quantize_model
 from flute_quant.patterns import Override
@@ -37,6 +38,7 @@ __all__ = [
     "Comparison",
     "Coverage",
     "ErrorStats",
+    "ImportReport",
     "Inspection",
     "LayerInfo",
     "ModelReport",
@@ -49,6 +51,8 @@ __all__ = [
     "compare_checkpoints",
     "estimate_seconds",
     "fit_spec",
+    "import_checkpoint",
+    "importer_names",
     "inspect_checkpoint",
     "load_dequantized",
     "load_importance",

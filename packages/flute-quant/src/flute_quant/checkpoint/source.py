@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from torch import Tensor
+
 from flute_quant.checkpoint.safetensors_reader import SafetensorsFile, StoredTensor
 from flute_quant.errors import CheckpointError
 
@@ -92,6 +94,10 @@ class CheckpointFolder:
     def tensor(self, name: str) -> StoredTensor:
         """Dtype, shape and place of a tensor."""
         return self.files[self.location[name]].tensors[name]
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        return self.files[self.location[name]].read(name)
 
     def main_dtype(self) -> str:
         """The floating-point dtype of most weights, as safetensors calls it; BF16 where there are none."""

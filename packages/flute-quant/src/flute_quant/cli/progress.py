@@ -63,12 +63,19 @@ class ProgressView:
 
     def quantized(self, event: Progress) -> None:
         """A module is finished."""
-        self._begin("quantizing")
+        self._finished("quantizing", event)
+
+    def imported(self, event: Progress) -> None:
+        """A module has been taken over."""
+        self._finished("importing", event)
+
+    def _finished(self, stage: str, event: Progress) -> None:
+        self._begin(stage)
         if event.error is None:
             self._base = None  # files taken over took no time
             label = f"{event.name} was finished before"
         else:
-            label = f"{event.name}  error {event.error:.4f}"
+            label = event.name + (f"  error {event.error:.4f}" if stage == "quantizing" else "")
         self.step(label, event.done, event.total)
 
     def _begin(self, stage: str) -> None:
