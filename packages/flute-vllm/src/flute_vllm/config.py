@@ -110,9 +110,10 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
         return [f"{parent}.{part}" if parent else part for part in parts]
 
     def _linear_method(self, layer: Any, parts: list[str], prefix: str) -> QuantizeMethodBase | None:
-        k = getattr(layer, "input_size_per_partition", layer.input_size)
-        if self.online is not None and _stays(prefix, k):
-            return None
+        if self.online is not None:
+            k = getattr(layer, "input_size_per_partition", layer.input_size)
+            if _stays(prefix, k):
+                return None
         specs = {part: self._spec_for(part) for part in parts}
         wanted = [spec for spec in specs.values() if spec is not None]
         if not wanted:

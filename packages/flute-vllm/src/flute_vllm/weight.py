@@ -13,7 +13,7 @@ from flute_kernels import FormatError, LutWeight, QuantizedLinear, QuantSpec, ha
 from flute_kernels.format import hadamard_signs
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["Matrix", "Packed", "ReadyWeight", "Rotation", "as_one"]
+__all__ = ["InPlace", "Matrix", "Packed", "ReadyWeight", "Rotation", "as_one"]
 
 _SEGMENT = 16
 """Rows of one table come in multiples of this where a weight has several."""
@@ -107,7 +107,43 @@ class Rotation(nn.Module):
         return hadamard(x, self.signs, self.block) if self.block else x
 
 
-class ReadyWeight(nn.Module):
+class InPlace(nn.Module):
+    """A module into whose tensors new weights can be written: CUDA graphs know them by their addresses.
+
+    vLLM takes a module's buffers away while it reloads weights and gives them back after, so that they are
+    kept under another name, too.
+    """
+
+    _kept: tuple[Tensor, ...]
+
+    def _keep(self) -> None:
+        """Remember the tensors; to be called when all are there."""
+        self._kept = tuple(self.buffers())
+
+    def overwrite(self, new: InPlace, name: str) -> None:
+        """Take the values of another such module.
+
+        Raises:
+            FormatError: its tensors do not fit into this one's; ``name`` is in the message.
+        """
+        mine, theirs = ([(t.dtype, tuple(t.shape)) for t in module._kept] for module in (self, new))
+        if mine != theirs:
+            at = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), 0)
+            raise FormatError(
+                f"{name}: the new weights are laid out as {_described(theirs[at])}, those in use as "
+                f"{_described(mine[at])}; new weights are to be of the same format."
+            )
+        with torch.no_grad():
+            for old, values in zip(self._kept, new._kept, strict=True):
+                old.copy_(values)
+
+
+def _described(tensor: tuple[torch.dtype, tuple[int, ...]]) -> str:
+    dtype, shape = tensor
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
+class ReadyWeight(InPlace):
     """``x @ W_hat.T + bias`` for the matrices of a layer, in the kernels' layout.
 
     They are one weight if they can be, else one each, whose results are put side by side.
@@ -127,11 +163,13 @@ class ReadyWeight(nn.Module):
         linears = [one] if one is not None else [_alone(m) for m in matrices]
         self.parts = [Packed(LutWeight.from_linear(linear)) for linear in linears]
         self.weights = nn.ModuleList(self.parts)
+        self._codes = self.parts[0].codes
+        self._keep()
 
     @property
     def codes(self) -> Tensor:
         """Of the first weight."""
-        return self.parts[0].codes
+        return self._codes
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = self.rotation(x)

@@ -56,8 +56,12 @@ class Engine:
         return self.llm
 
     def tokens(self, folder: Path, adapter: Path | None = None, **options: Any) -> list[list[int]]:
-        """What the model, with an adapter, says greedily to :data:`PROMPTS`."""
-        llm = self.load(folder, **options)
+        """What a model, with an adapter, says greedily to :data:`PROMPTS`."""
+        return self.say(self.load(folder, **options), adapter)
+
+    @staticmethod
+    def say(llm: LLM, adapter: Path | None = None) -> list[list[int]]:
+        """What a model that is loaded says."""
         greedy = SamplingParams(max_tokens=12, temperature=0, detokenize=False)
         lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
         prompts = [{"prompt_token_ids": p} for p in PROMPTS]
