@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from .models import Checkpoint
 from .serving import Engine, server, tokens_of_another_process
 
 
+@pytest.mark.two_processes
 def test_two_processes_share_a_model(checkpoint: Callable[..., Checkpoint]) -> None:
     model = checkpoint("llama")
     two = {"tensor_parallel_size": 2}

@@ -1,0 +1,41 @@
+"""Draws what load.py saved: throughput and waiting times against requests a second.
+
+python benchmarks/vllm/plot.py benchmarks/results/vllm-load-DATE.json docs/vllm-load.png
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+PANELS = {
+    "output_throughput": "tokens a second",
+    "median_ttft_ms": "median ms to the first token",
+    "median_tpot_ms": "median ms per token after it",
+}
+
+
+def main(source: Path, target: Path) -> None:
+    """One panel a figure, one line a side."""
+    record = json.loads(source.read_text(encoding="utf-8"))
+    figures = record["figures"]
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4))
+    for (name, title), panel in zip(PANELS.items(), panels, strict=True):
+        for side in dict.fromkeys(load["side"] for load in figures["loads"]):
+            points = [(load["rate"], load[name]) for load in figures["loads"] if load["side"] == side]
+            panel.plot(*zip(*points, strict=True), label=side, marker="o", markersize=3)
+        panel.set(title=title, xlabel="requests a second", xscale="log")
+        panel.grid(alpha=0.3)
+    panels[1].set_yscale("log")
+    panels[0].legend(fontsize=8)
+    shape = f"{figures['prompt']} tokens in, {figures['answer']} out"
+    figure.suptitle(f"{figures['model']} shapes, {shape}; {record['gpu']}, {record['date']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
