@@ -102,6 +102,7 @@ class PartitionedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, name: str) -> None:
         self._name = name
         self._partition: Partition
+        self._dtype: torch.dtype
 
     def create_weights(
         self,
@@ -116,6 +117,7 @@ class PartitionedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._partition = Partition(
             layer, self._name, output_partition_sizes, input_size_per_partition, input_size, output_size
         )
+        self._dtype = params_dtype
         self._register(layer, self._partition, params_dtype, extra["weight_loader"])
 
     def _register(self, layer: Any, part: Partition, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
@@ -203,6 +205,10 @@ class FluteLinearMethod(PartitionedLinearMethod):
         weight = ready(matrices, part, part.first_column, part.all_columns)
         del layer.qweight, layer.scales, layer.codebook
         attach(layer, weight, part.name)
+        if part.is_vocabulary:
+            # Where vLLM's adapters look for the dtype and device of a head.
+            nothing = torch.empty(0, dtype=self._dtype, device=layer.qweight.device)
+            layer.register_buffer("weight", nothing, persistent=False)
 
     def _fill(self, layer: Any) -> None:
         """Give the parameters random values; every matrix has a table of its own."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
@@ -322,6 +323,8 @@ def _refuse_what_is_not_implemented(layer: Any, name: str) -> None:
         has.append(f"the activation {layer.activation.value} (there are {known})")
     if layer.moe_config.has_bias:
         has.append("biases")
+    if get_current_vllm_config().lora_config is not None:
+        has.append("LoRA adapters")  # vLLM would put them on the experts, whatever their targets
     for limit in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
         if getattr(layer, limit) is not None:
             has.append(f"{limit} = {getattr(layer, limit)}")

@@ -102,3 +102,8 @@ def test_missing_expert(engine: Engine, checkpoint: Callable[..., Checkpoint], t
     del weights[f"{name}.scales"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     refused(engine, folder, f"{name}: scales is missing")
+
+
+def test_adapters_on_quantized_experts(engine: Engine, checkpoint: Callable[..., Checkpoint]) -> None:
+    model = checkpoint("qwen3_moe", experts=True)
+    refused(engine, model.quantized, "model.layers.0.mlp.experts", "LoRA", enable_lora=True)
