@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
-from flute_kernels import FluteError, FormatError, QuantSpec
+from flute_kernels import FormatError, QuantSpec
 from flute_kernels.format import PER_ROW
 from flute_vllm.dummies import loads_dummies, random_stored
 from flute_vllm.parameters import STORED_DTYPES, Loads, StackedParameter, TableParameter
-from flute_vllm.weight import Matrix, ReadyWeight
+from flute_vllm.weight import Matrix, ReadyWeight, made_ready
 
 __all__ = [
     "FluteLinearMethod",
@@ -21,7 +21,6 @@ __all__ = [
     "PartitionedLinearMethod",
     "attach",
     "check_columns",
-    "ready",
 ]
 
 
@@ -202,7 +201,8 @@ class FluteLinearMethod(PartitionedLinearMethod):
             )
             for i, spec in enumerate(self._specs)
         ]
-        weight = ready(matrices, part, part.first_column, part.all_columns)
+        with made_ready(part.name):
+            weight = ReadyWeight(matrices, part.first_column, part.columns, part.all_columns)
         del layer.qweight, layer.scales, layer.codebook
         attach(layer, weight, part.name)
         if part.is_vocabulary:
@@ -221,15 +221,6 @@ class FluteLinearMethod(PartitionedLinearMethod):
 
 def _load_table(param: TableParameter, loaded: Tensor) -> None:
     param.load_column_parallel_weight(loaded)
-
-
-def ready(matrices: Sequence[Matrix], part: Partition, first_column: int, all_columns: int) -> ReadyWeight:
-    """The matrices laid out, with the layer's name in what goes wrong."""
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            return ReadyWeight(matrices, first_column, part.columns, all_columns)
-    except FluteError as error:
-        raise type(error)(f"{part.name}: {error}") from None
 
 
 def attach(layer: Any, weight: ReadyWeight, name: str) -> None:

@@ -15,13 +15,13 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from flute_kernels import FluteError, FormatError, QuantSpec, UnsupportedError
+from flute_kernels import FormatError, QuantSpec, UnsupportedError
 from flute_quant import fit_spec, quantize_tensor
 from flute_vllm.dummies import loads_dummies, random_stored
 from flute_vllm.experts import ACTIVATIONS, Experts, StackedExperts
 from flute_vllm.linear import check_columns
 from flute_vllm.parameters import STORED_DTYPES, WEIGHT_DTYPES, check_loaded
-from flute_vllm.weight import Matrix
+from flute_vllm.weight import Matrix, made_ready
 
 __all__ = ["ExpertMatrix", "FluteMoEMethod", "OnlineFluteMoEMethod"]
 
@@ -175,12 +175,10 @@ class _MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if loads_dummies():
             self._waiting = _random(self._matrices, count, self._device)
         self._check_complete(layer)
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                gate_up, down = (self._stacked(shards, count) for shards in _STACKS.values())
-        except FluteError as error:
-            raise type(error)(f"{self._name}: {error}") from None
-        experts = Experts(gate_up, down, count, layer.activation, bool(layer.apply_router_weight_on_input))
+        with made_ready(self._name):
+            gate_up, down = (self._stacked(shards, count) for shards in _STACKS.values())
+            on_input = bool(layer.apply_router_weight_on_input)
+            experts = Experts(gate_up, down, count, layer.activation, on_input)
         for place in places:
             delattr(layer, place)
         if "flute" in layer._modules:
@@ -309,7 +307,8 @@ class OnlineFluteMoEMethod(_MoEMethod):
         whole = (matrix.all_rows, matrix.all_columns)
         check_loaded(f"{name}: {tensor}", loaded, whole, self.on_disk[tensor])
         weight = matrix.part(loaded, matrix.columns).to(self._device, self._dtype)
-        linear, _ = quantize_tensor(weight, matrix.spec, method=self._method, name=name)
+        with made_ready(name):
+            linear, _ = quantize_tensor(weight, matrix.spec, method=self._method, name="weight")
         return {"qweight": linear.qweight, "scales": linear.scales, "codebook": linear.codebook}
 
     def _signs(self, matrix: ExpertMatrix) -> tuple[int, int]:

@@ -17,9 +17,9 @@ from flute_kernels import FormatError, QuantSpec
 from flute_quant import DEFAULT_IGNORE, fit_spec, quantize_tensor
 from flute_quant.patterns import matches
 from flute_vllm.dummies import STANDARD_DEVIATION, loads_dummies
-from flute_vllm.linear import Partition, PartitionedLinearMethod, attach, ready
+from flute_vllm.linear import Partition, PartitionedLinearMethod, attach
 from flute_vllm.parameters import WEIGHT_DTYPES, Loads, StackedParameter
-from flute_vllm.weight import Matrix
+from flute_vllm.weight import Matrix, ReadyWeight, made_ready
 
 __all__ = ["OnlineFluteLinearMethod", "OnlineOptions"]
 
@@ -138,17 +138,16 @@ class OnlineFluteLinearMethod(PartitionedLinearMethod):
         return room
 
     def _quantize(self, layer: Any, weight: StackedParameter) -> None:
-        part = self._partition
-        matrices = []
-        for i, all_rows in enumerate(part.matrix_rows):
-            linear, _ = quantize_tensor(weight.block(i), self._spec, method=self._method, name=part.name)
-            matrices.append(
-                Matrix(
-                    self._spec, linear.qweight, linear.scales, linear.codebook, part.first_row(i), all_rows
-                )
-            )
-        # What is rotated here is this process's part, so the signs begin with it.
-        attach(layer, ready(matrices, part, first_column=0, all_columns=part.columns), part.name)
+        part, spec = self._partition, self._spec
+        with made_ready(part.name):
+            matrices = []
+            for i, all_rows in enumerate(part.matrix_rows):
+                linear, _ = quantize_tensor(weight.block(i), spec, method=self._method, name="weight")
+                stored = (linear.qweight, linear.scales, linear.codebook)
+                matrices.append(Matrix(spec, *stored, part.first_row(i), all_rows))
+            # What is rotated here is this process's part, so the signs begin with it.
+            ready = ReadyWeight(matrices, 0, part.columns, part.columns)
+        attach(layer, ready, part.name)
         self._loads.seen.clear()
         self._waiting = None
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from flute_kernels import FormatError, LutWeight, QuantizedLinear, QuantSpec, hadamard, qgemm
+from flute_kernels import FluteError, FormatError, LutWeight, QuantizedLinear, QuantSpec, hadamard, qgemm
 from flute_kernels.format import hadamard_signs
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["InPlace", "Matrix", "Packed", "ReadyWeight", "Rotation", "as_one"]
+__all__ = ["InPlace", "Matrix", "Packed", "ReadyWeight", "Rotation", "as_one", "made_ready"]
 
 _SEGMENT = 16
 """Rows of one table come in multiples of this where a weight has several."""
+
+
+@contextlib.contextmanager
+def made_ready(name: str) -> Iterator[None]:
+    """While the weights of layer ``name`` are quantized or laid out: its name is put before what goes wrong.
+
+    vLLM loads under the GPU as default device, and in inference mode, neither of which is this code's matter.
+    """
+    try:
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            yield
+    except FluteError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 @dataclass
