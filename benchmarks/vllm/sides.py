@@ -22,7 +22,10 @@ SERVED: dict[str, dict[str, Any]] = json.loads(
 )["served"]
 GROUP_SIZE = 128
 SIDES = ("16-bit", "int4", "flute-4", "flute-3", "flute-2")
-"""16-bit, vLLM's own 4-bit integers (on Hopper through Machete), and FLUTE with tables of 4, 3 and 2 bits."""
+"""16-bit, vLLM's own 4-bit integers (on Hopper through Machete), and FLUTE with tables of 4, 3 and 2 bits.
+
+All have a head of 16 bits; ``flute-4-head`` and so on quantize it, too, if it is not tied to the embedding.
+"""
 VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 """The command ``vllm``, also where it is not on the path."""
 ENVIRONMENT = {
@@ -70,8 +73,10 @@ def config(model: str, side: str) -> dict[str, Any]:
             "ignore": ["lm_head"],
         }
     elif side != "16-bit":
-        spec = QuantSpec(bits=int(side.removeprefix("flute-")), group_size=GROUP_SIZE)
-        made["quantization_config"] = QuantizationConfig(spec, ("lm_head",)).to_dict()
+        _, bits, *head = side.split("-")
+        spec = QuantSpec(bits=int(bits), group_size=GROUP_SIZE)
+        left = () if head else ("lm_head",)
+        made["quantization_config"] = QuantizationConfig(spec, left).to_dict()
     return made
 
 
