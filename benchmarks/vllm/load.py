@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +77,7 @@ def server(folder: Path, length: int) -> Iterator[int]:
     try:
         deadline = time.monotonic() + 400
         while True:
-            with contextlib.suppress(urllib.error.URLError):
+            with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             if process.poll() is not None or time.monotonic() > deadline:

@@ -97,6 +97,7 @@ def write(folder: Path, model: str, layers: int) -> int:
         save_file(made, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(made, file)
         size += sum(tensor.nbytes for tensor in made.values())
+    torch.cuda.empty_cache()  # for those who load it
     described_index = {"metadata": {"total_size": size}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(described_index), encoding="utf-8")
     return size

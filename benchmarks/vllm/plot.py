@@ -1,6 +1,8 @@
 """Draws what load.py saved: throughput and waiting times against requests a second.
 
 python benchmarks/vllm/plot.py benchmarks/results/vllm-load-DATE.json docs/vllm-load.png
+
+Several files, of sides that were run one at a time, may come before the picture's name.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ PANELS = {
 }
 
 
-def main(source: Path, target: Path) -> None:
+def main(sources: list[Path], target: Path) -> None:
     """One panel a figure, one line a side."""
-    record = json.loads(source.read_text(encoding="utf-8"))
-    figures = record["figures"]
+    records = [json.loads(source.read_text(encoding="utf-8")) for source in sources]
+    record, figures = records[0], records[0]["figures"]
+    loads = [load for one in records for load in one["figures"]["loads"]]
     figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4))
     for (name, title), panel in zip(PANELS.items(), panels, strict=True):
-        for side in dict.fromkeys(load["side"] for load in figures["loads"]):
-            points = [(load["rate"], load[name]) for load in figures["loads"] if load["side"] == side]
+        for side in dict.fromkeys(load["side"] for load in loads):
+            points = [(load["rate"], load[name]) for load in loads if load["side"] == side]
             panel.plot(*zip(*points, strict=True), label=side, marker="o", markersize=3)
         panel.set(title=title, xlabel="requests a second", xscale="log")
         panel.grid(alpha=0.3)
@@ -38,4 +41,5 @@ def main(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    *sources, target = map(Path, sys.argv[1:])
+    main(sources, target)
