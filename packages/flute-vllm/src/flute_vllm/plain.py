@@ -57,6 +57,4 @@ class PlainEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
 def _check_filled(name: str, layer: Any) -> None:
     # A sum, since it takes no memory.
     if bool(layer.weight.data.sum(dtype=torch.float32).isnan()):
-        raise FormatError(
-            f"{name}: weight is missing from the checkpoint, or a part of it, or not a number."
-        )
+        raise FormatError(f"{name}: weight is missing from the checkpoint, or a part of it, or not a number.")
