@@ -101,9 +101,7 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
                 return PlainEmbeddingMethod(prefix)  # as heads by default
             return self._linear_method(layer, [prefix], prefix) or PlainEmbeddingMethod(prefix)
         if isinstance(layer, VocabParallelEmbedding):
-            return PlainEmbeddingMethod(
-                prefix or "the embedding"
-            )  # to which some of vLLM's models give no name
+            return PlainEmbeddingMethod(prefix or "the embedding")  # some of vLLM's models do not name it
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         return None

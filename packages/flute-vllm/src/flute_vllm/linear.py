@@ -102,6 +102,7 @@ class PartitionedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._name = name
         self._partition: Partition
         self._dtype: torch.dtype
+        self._is_dummy: bool
 
     def create_weights(
         self,
@@ -116,7 +117,7 @@ class PartitionedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._partition = Partition(
             layer, self._name, output_partition_sizes, input_size_per_partition, input_size, output_size
         )
-        self._dtype = params_dtype
+        self._dtype, self._is_dummy = params_dtype, loads_dummies()
         self._register(layer, self._partition, params_dtype, extra["weight_loader"])
 
     def _register(self, layer: Any, part: Partition, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
@@ -185,7 +186,7 @@ class FluteLinearMethod(PartitionedLinearMethod):
         if "qweight" not in layer._parameters:
             return  # done already
         part = self._partition
-        if loads_dummies():
+        if self._is_dummy and "flute" not in layer._modules:
             self._fill(layer)
         else:
             for loads in self._loads.values():

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.linear import register_weight_loader_v2_supporte
 from flute_kernels import FormatError, QuantSpec
 from flute_quant import DEFAULT_IGNORE, fit_spec, quantize_tensor
 from flute_quant.patterns import matches
-from flute_vllm.dummies import STANDARD_DEVIATION, loads_dummies
+from flute_vllm.dummies import STANDARD_DEVIATION
 from flute_vllm.linear import Partition, PartitionedLinearMethod, attach
 from flute_vllm.parameters import WEIGHT_DTYPES, Loads, StackedParameter
 from flute_vllm.weight import Matrix, ReadyWeight, made_ready
@@ -154,7 +154,7 @@ class OnlineFluteLinearMethod(PartitionedLinearMethod):
     def process_weights_after_loading(self, layer: Any) -> None:
         if "weight" not in layer._parameters:
             return  # done already
-        if "flute" not in layer._modules and loads_dummies():
+        if self._is_dummy and "flute" not in layer._modules:
             room = self._room(layer.weight)
             room.data.normal_(std=STANDARD_DEVIATION)
             self._quantize(layer, room)

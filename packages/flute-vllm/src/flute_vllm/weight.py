@@ -128,11 +128,11 @@ class InPlace(nn.Module):
     kept under another name, too.
     """
 
-    _kept: tuple[Tensor, ...]
+    _kept: dict[str, Tensor]
 
     def _keep(self) -> None:
         """Remember the tensors; to be called when all are there."""
-        self._kept = tuple(self.buffers())
+        self._kept = dict(self.named_buffers())
 
     def overwrite(self, new: InPlace, name: str) -> None:
         """Take the values of another such module.
@@ -140,21 +140,30 @@ class InPlace(nn.Module):
         Raises:
             FormatError: its tensors do not fit into this one's; ``name`` is in the message.
         """
-        mine, theirs = ([(t.dtype, tuple(t.shape)) for t in module._kept] for module in (self, new))
-        if mine != theirs:
-            at = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), 0)
-            raise FormatError(
-                f"{name}: the new weights are laid out as {_described(theirs[at])}, those in use as "
-                f"{_described(mine[at])}; new weights are to be of the same format."
-            )
+        theirs = dict(new._kept)
+        for key, mine in self._kept.items():
+            place, _, kind = key.rpartition(".")
+            tables = theirs.get(f"{place}.tables")
+            if kind == "table_of_block" and key not in theirs and tables is not None and len(tables) == 1:
+                # All rows of the new weight have the same table, whichever of the old ones was theirs.
+                theirs[key] = mine
+                theirs[f"{place}.tables"] = tables.expand(
+                    len(self._kept[f"{place}.tables"]), *tables.shape[1:]
+                )
+        for key in {**self._kept, **theirs}:
+            mine_is, theirs_is = _described(self._kept.get(key)), _described(theirs.get(key))
+            if mine_is != theirs_is:
+                raise FormatError(
+                    f"{name}: {key.rpartition('.')[2]} of the new weights is {theirs_is}, of those in use "
+                    f"{mine_is}; new weights are to be of the same format."
+                )
         with torch.no_grad():
-            for old, values in zip(self._kept, new._kept, strict=True):
-                old.copy_(values)
+            for key, mine in self._kept.items():
+                mine.copy_(theirs[key])
 
 
-def _described(tensor: tuple[torch.dtype, tuple[int, ...]]) -> str:
-    dtype, shape = tensor
-    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+def _described(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 class ReadyWeight(InPlace):

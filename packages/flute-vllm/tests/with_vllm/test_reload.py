@@ -54,6 +54,20 @@ def test_the_same_weights_again(checkpoint: Callable[..., Checkpoint], engine: E
         assert engine.say(llm) == before
 
 
+@pytest.mark.parametrize("method", ["learned", "default"], ids=["tables of each matrix", "one table"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_weights_in_the_place_of_random_ones(
+    checkpoint: Callable[..., Checkpoint], engine: Engine, family: str, method: str
+) -> None:
+    model = checkpoint(family, method=method, experts=family == "qwen3_moe")
+    llm = engine.load(model.quantized, load_format="dummy")
+    engine.say(llm)
+    llm.collective_rpc("update_config", args=({"load_config": {"load_format": "auto"}},))
+    llm.collective_rpc("reload_weights")
+    after = engine.say(llm)
+    assert after == engine.tokens(model.twin)
+
+
 def test_weights_of_another_format_are_refused(checkpoint: Callable[..., Checkpoint], engine: Engine) -> None:
     llm = engine.load(checkpoint("llama").quantized)
     path = str(checkpoint("llama", bits=3).quantized)
