@@ -89,7 +89,7 @@ class Engine:
     @staticmethod
     def steps(llm: LLM, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[Step]]:
         """What it says, and how sure it is: for 16-bit models, which round."""
-        greedy = SamplingParams(max_tokens=STEPS, temperature=0, detokenize=False, logprobs=5)
+        greedy = SamplingParams(max_tokens=STEPS, temperature=0, detokenize=False, logprobs=10)
         answers = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], greedy, use_tqdm=False)
         said = []
         for answer in answers:

@@ -16,7 +16,7 @@ from .serving import Engine, assert_alike, steps_of_another_process
 pytestmark = pytest.mark.gpu
 
 # Of log-probabilities: the dtype rounds in every layer, and the twin's weights are rounded to it, too.
-TOLERANCE = {"float16": 0.05, "bfloat16": 0.3}
+TOLERANCE = {"float16": 0.03, "bfloat16": 0.2}
 GRAPHS = {"enforce_eager": False, "dtype": "float16", "max_num_seqs": 8}
 
 
@@ -39,6 +39,8 @@ GRAPHS = {"enforce_eager": False, "dtype": "float16", "max_num_seqs": 8}
 def test_kernels(
     checkpoint: Callable[..., Checkpoint], engine: Engine, family: str, options: dict[str, Any], dtype: str
 ) -> None:
+    if (family, dtype) == ("gemma2", "float16"):
+        pytest.skip("Gemma 2 overflows float16, and vLLM refuses it.")
     model = checkpoint(family, **options)
     mine = engine.steps(engine.load(model.quantized, dtype=dtype))
     theirs = engine.steps(engine.load(model.twin, dtype=dtype))
@@ -64,8 +66,8 @@ def test_graphs(
 @pytest.mark.two_processes
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", {"hadamard": 32}), ("gemma2", {}), ("qwen3_moe", {"experts": True})],
-    ids=["llama", "gemma2", "qwen3_moe"],
+    [("llama", {"hadamard": 32}), ("qwen2", {}), ("qwen3_moe", {"experts": True})],
+    ids=["llama", "qwen2", "qwen3_moe"],
 )
 def test_two_gpus(
     checkpoint: Callable[..., Checkpoint], engine: Engine, family: str, options: dict[str, Any]

@@ -69,8 +69,11 @@ def test_weights_in_the_place_of_random_ones(
 
 
 def test_weights_of_another_format_are_refused(checkpoint: Callable[..., Checkpoint], engine: Engine) -> None:
-    llm = engine.load(checkpoint("llama").quantized)
-    path = str(checkpoint("llama", bits=3).quantized)
+    # vLLM shares position embeddings among the models of a process, and a reload that ends half-way breaks
+    # them: no other test has these.
+    shape = (("max_position_embeddings", 96),)
+    llm = engine.load(checkpoint("llama", shape=shape).quantized)
+    path = str(checkpoint("llama", shape=shape, bits=3).quantized)
     with pytest.raises(Exception, match=r"down_proj: codebook is float16 .* expected"):
         llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
 
