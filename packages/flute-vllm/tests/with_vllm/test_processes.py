@@ -26,6 +26,17 @@ def test_compiled(checkpoint: Callable[..., Checkpoint], engine: Engine) -> None
     assert said == engine.tokens(model.quantized)
 
 
+def test_compiled_once_and_found_again(
+    checkpoint: Callable[..., Checkpoint], engine: Engine, tmp_path: Path
+) -> None:
+    """As vLLM does by default: what has been compiled is on disk, and serves the next process."""
+    model = checkpoint("llama")
+    cached = {"VLLM_DISABLE_COMPILE_CACHE": "0", "VLLM_CACHE_ROOT": str(tmp_path)}
+    said = [tokens_of_another_process(model.quantized, cached, enforce_eager=False) for _ in range(2)]
+    assert any(tmp_path.rglob("*compile*"))
+    assert said == [engine.tokens(model.quantized)] * 2
+
+
 def test_served(real_model: Path) -> None:
     """A real model, and a question as a user asks it."""
     question = [{"role": "user", "content": "What is the capital of France?"}]
