@@ -346,9 +346,11 @@ def _load_weights(
 def _random(
     matrices: Mapping[str, ExpertMatrix], experts: int, device: torch.device
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Random weights for measuring; every expert has the same."""
+    """Random weights for measuring; every expert has the same codes, and tables of its own."""
     made = {}
     for shard, matrix in matrices.items():
         tensors = random_stored(matrix.spec, matrix.rows, matrix.columns, device)
-        made.update({(shard, local): tensors for local in range(experts)})
+        for local in range(experts):
+            own = torch.randn_like(tensors["codebook"]).sort(dim=1).values
+            made[shard, local] = {**tensors, "codebook": own}
     return made
