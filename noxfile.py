@@ -202,6 +202,13 @@ def wheels(session: nox.Session) -> None:
             session.run("python", "-m", "build", "--wheel", "--outdir", "dist/pure", f"packages/{name}")
 
 
+def sources(*left_out: str) -> dict[str, str]:
+    """The environment in which python finds the packages' sources, but for some."""
+    folders = (ROOT / "packages" / name / "src" for name in PACKAGES if name not in left_out)
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([*map(str, folders), *([before] if before else [])])}
+
+
 def gpu_python(session: nox.Session, racecheck: bool = False) -> tuple[str, dict[str, str]]:
     """A python with flute-kernels built for the GPU at hand, and its environment.
 
@@ -228,7 +235,7 @@ def gpu_python(session: nox.Session, racecheck: bool = False) -> tuple[str, dict
         session.error(f"torch {found} of {python} sees no GPU; --here takes that of the python that runs nox")
     env = dict(PASSIVE)
     if here:
-        env["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in ROOT.glob("packages/*/src"))
+        env.update(sources())
         kernels, folder = "packages/flute-kernels", "build/racecheck" if racecheck else "build/gpu"
         options = (f"-DPython_EXECUTABLE={python}", *(f"-D{name}={value}" for name, value in build.items()))
         session.run("cmake", "-S", kernels, "-B", folder, "-G", "Ninja", *options, external=True)
@@ -245,6 +252,37 @@ def tests_gpu(session: nox.Session) -> None:
     files = [str(file) for file in ROOT.glob("packages/*/tests/*.py") if "mark.gpu" in file.read_text()]
     arguments = [argument for argument in session.posargs if argument != "--here"]
     session.run(python, "-m", "pytest", "-m", "gpu", *files, *arguments, env=env, external=True)
+
+
+@nox.session(venv_backend="none")
+def vllm_gpu(session: nox.Session) -> None:
+    """The tests of flute-vllm inside vLLM on this machine's GPUs, two of them where it has two.
+
+    ``-- --here`` as for tests_gpu, with the vLLM of the python that runs nox; ``-- --here --installed`` also
+    with the flute-kernels that it has, so that nothing is compiled. ``-- -n 6`` runs six tests at a time.
+    """
+    here, installed = "--here" in session.posargs, "--installed" in session.posargs
+    if here and installed:
+        python, env = sys.executable, {**PASSIVE, **sources("flute-kernels")}
+    elif here:
+        python, env = gpu_python(session)
+    else:
+        folder = ROOT / ".nox/vllm-gpu"
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(folder), external=True)
+        python, env = str(folder / "bin/python"), dict(PASSIVE)
+        pip = (python, "-m", "pip", "install", "--quiet")
+        # vLLM chooses torch and Transformers.
+        more = ("nanobind-backend", "pytest", "pytest-xdist", "hypothesis", "gguf", "accelerate")
+        session.run(*pip, "vllm==0.33.0", *more, external=True)
+        build = ("--no-deps", "--force-reinstall", "-C", "cmake.define.FLUTE_CUDA_ARCHITECTURES=native")
+        session.run(*pip, *build, *(f"./packages/{name}" for name in PACKAGES), external=True)
+    what = "torch.cuda.get_device_name(), vllm.__version__, flute_kernels.build_info()"
+    session.run(python, "-c", f"import torch, vllm, flute_kernels; print({what})", external=True, env=env)
+    if "FLUTE_TEST_MODEL" not in os.environ:  # empty where there shall be none
+        words: str = session.run(python, "examples/smollm2.py", silent=True, external=True, env=env)
+        env["FLUTE_TEST_MODEL"] = words.splitlines()[-1]
+    arguments = [argument for argument in session.posargs if argument not in ("--here", "--installed")]
+    session.run(python, "-m", "pytest", "packages/flute-vllm/tests", *arguments, env=env, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from flute_kernels import ACTIVATION_DTYPES, FormatError, QuantSpec
@@ -22,6 +22,7 @@ from flute_vllm.linear import FluteLinearMethod
 from flute_vllm.moe import FluteMoEMethod, OnlineFluteMoEMethod
 from flute_vllm.online import OnlineFluteLinearMethod, OnlineOptions
 from flute_vllm.parameters import STORED_DTYPES
+from flute_vllm.plain import PlainEmbeddingMethod, PlainLinearMethod
 
 __all__ = ["FluteConfig"]
 
@@ -42,6 +43,7 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
         self.online = OnlineOptions.from_environment() if stored is None else None
         self._tied = False
         self._plain: set[str] = set()
+        self._without_bias: set[str] = set()
 
     def get_name(self) -> str:
         return QUANT_METHOD
@@ -69,13 +71,17 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
         if self.online is not None:
             self.online = self.online.updated(getattr(hf_config, QUANT_METHOD, None))
         else:
-            self._plain = _plain_modules(get_safetensors_params_metadata(model_name, revision=revision))
+            tensors = get_safetensors_params_metadata(model_name, revision=revision)
+            self._plain = _plain_modules(tensors)
+            quantized = {module for module, _, kind in map(_split, tensors) if kind == "qweight"}
+            self._without_bias = {module for module in quantized if f"{module}.bias" not in tensors}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Module names in the checkpoint's config become vLLM's."""
         if self.stored is None:
             return
         self._plain = set(hf_to_vllm_mapper.apply_list(list(self._plain)))
+        self._without_bias = set(hf_to_vllm_mapper.apply_list(list(self._without_bias)))
         names = list(self.stored.overrides)
         renamed = {name: (hf_to_vllm_mapper.apply_list([name]) or [name])[0] for name in names}
         self.stored = StoredConfig(
@@ -87,11 +93,15 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
-            return self._linear_method(layer, self._parts(prefix), prefix) or UnquantizedLinearMethod()
+            return self._linear_method(layer, self._parts(prefix), prefix) or PlainLinearMethod(prefix)
         if isinstance(layer, ParallelLMHead):
-            if self._tied or self.stored is None:
-                return None  # it is the embedding's matrix; or stays in 16 bits, as heads do by default
-            return self._linear_method(layer, [prefix], prefix)
+            if self._tied:
+                return None  # it is the embedding's matrix
+            if self.stored is None:
+                return PlainEmbeddingMethod(prefix)  # as heads by default
+            return self._linear_method(layer, [prefix], prefix) or PlainEmbeddingMethod(prefix)
+        if isinstance(layer, VocabParallelEmbedding):
+            return PlainEmbeddingMethod(prefix or "the embedding")  # some of vLLM's models do not name it
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         return None
@@ -110,9 +120,10 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
         return [f"{parent}.{part}" if parent else part for part in parts]
 
     def _linear_method(self, layer: Any, parts: list[str], prefix: str) -> QuantizeMethodBase | None:
-        k = getattr(layer, "input_size_per_partition", layer.input_size)
-        if self.online is not None and _stays(prefix, k):
-            return None
+        if self.online is not None:
+            k = getattr(layer, "input_size_per_partition", layer.input_size)
+            if _stays(prefix, k):
+                return None
         specs = {part: self._spec_for(part) for part in parts}
         wanted = [spec for spec in specs.values() if spec is not None]
         if not wanted:
@@ -125,6 +136,9 @@ class FluteConfig(QuantizationConfig):  # type: ignore[misc]
             )
         if self.online is not None:
             return OnlineFluteLinearMethod(wanted[0], self.online.method, prefix)
+        without = [part for part in parts if part in self._without_bias]
+        if getattr(layer, "has_bias", False) and without:
+            raise FormatError(f"{without[0]}: bias is missing from the checkpoint.")
         return FluteLinearMethod(wanted, prefix)
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
@@ -183,6 +197,11 @@ def _common(specs: Mapping[str, QuantSpec | None]) -> QuantSpec:
     return first[1]
 
 
+def _split(tensor: str) -> tuple[str, str, str]:
+    """A tensor's module, a dot, and its name there."""
+    return tensor.rpartition(".")
+
+
 def _plain_modules(tensors: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Modules whose weights a quantized checkpoint has in 16 bits, whether its config lists them or not.
 
@@ -190,7 +209,7 @@ def _plain_modules(tensors: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """
     plain = set()
     for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
+        module, _, kind = _split(name)
         if kind == "weight" or (kind not in STORED_DTYPES and len(tensor.get("shape", ())) > 2):
             plain.add(module)
     return plain

@@ -10,7 +10,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 
 from flute_kernels import FormatError, LutWeight, qgemm_grouped
 from flute_vllm.routing import route
-from flute_vllm.weight import Matrix, Packed, Rotation, as_one
+from flute_vllm.weight import InPlace, Matrix, Packed, Rotation, as_one
 
 __all__ = ["ACTIVATIONS", "Experts", "StackedExperts"]
 
@@ -59,7 +59,7 @@ def _difference(matrices: Sequence[Matrix]) -> str:
     )
 
 
-class Experts(nn.Module):
+class Experts(InPlace):
     """What the experts of this process add to each token.
 
     Args:
@@ -81,6 +81,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up, self.down = gate_up, down
         self.count, self.activation, self.weights_on_input = count, activation, weights_on_input
+        self._keep()
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor, expert_map: Tensor | None) -> Tensor:
         """``[tokens, hidden]`` for ``x`` of the same shape, and the router's choice ``[tokens, k]``."""

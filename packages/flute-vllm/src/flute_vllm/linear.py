@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
-from flute_kernels import FluteError, FormatError, QuantSpec
+from flute_kernels import FormatError, QuantSpec
 from flute_kernels.format import PER_ROW
+from flute_vllm.dummies import loads_dummies, random_stored
 from flute_vllm.parameters import STORED_DTYPES, Loads, StackedParameter, TableParameter
-from flute_vllm.weight import Matrix, ReadyWeight
+from flute_vllm.weight import Matrix, ReadyWeight, made_ready
 
 __all__ = [
     "FluteLinearMethod",
@@ -21,13 +21,11 @@ __all__ = [
     "PartitionedLinearMethod",
     "attach",
     "check_columns",
-    "loads_dummies",
-    "ready",
 ]
 
 
 class Partition:
-    """Which part of its matrices a layer of vLLM has.
+    """Which part of its matrices a layer of vLLM has. The layer itself is not kept.
 
     Args:
         layer: being made.
@@ -40,16 +38,20 @@ class Partition:
         matrix_rows: of every matrix on disk.
         first_column: of this process.
         tp_size: processes that share the layer.
+        is_vocabulary: whether its rows are a vocabulary's.
     """
 
     def __init__(
         self, layer: Any, name: str, rows: Sequence[int], columns: int, all_columns: int, all_rows: int
     ) -> None:
-        self.layer, self.name, self.rows = layer, name, list(rows)
+        self.name, self.rows = name, list(rows)
         self.columns, self.all_columns = columns, all_columns
         self.tp_size = int(getattr(layer, "tp_size", 1))
-        tp_rank = int(getattr(layer, "tp_rank", 0))
-        self.first_column = 0 if columns == all_columns else tp_rank * columns
+        self._tp_rank = int(getattr(layer, "tp_rank", 0))
+        self._kv_replicas = int(getattr(layer, "num_kv_head_replicas", 1))
+        self.first_column = 0 if columns == all_columns else self._tp_rank * columns
+        self.is_vocabulary = hasattr(layer, "org_vocab_size")
+        self._first_word = layer.shard_indices.org_vocab_start_index if self.is_vocabulary else 0
         if hasattr(layer, "total_num_kv_heads"):  # q, k, v
             values = getattr(layer, "v_head_size", layer.head_size)
             kv_heads = layer.total_num_kv_heads
@@ -58,20 +60,18 @@ class Partition:
                 kv_heads * layer.head_size,
                 kv_heads * values,
             ]
-        elif hasattr(layer, "org_vocab_size"):
+        elif self.is_vocabulary:
             self.matrix_rows = [layer.org_vocab_size]
         else:
             self.matrix_rows = list(getattr(layer, "output_sizes", [all_rows]))
 
     def first_row(self, index: int) -> int:
         """Of this process in matrix ``index``."""
-        if hasattr(self.layer, "shard_indices"):
-            return int(self.layer.shard_indices.org_vocab_start_index)
-        rank = int(getattr(self.layer, "tp_rank", 0))
+        if self.is_vocabulary:
+            return int(self._first_word)
         if self.rows[index] == self.matrix_rows[index]:
             return 0
-        if index > 0 and hasattr(self.layer, "num_kv_head_replicas"):
-            rank //= int(self.layer.num_kv_head_replicas)
+        rank = self._tp_rank if index == 0 else self._tp_rank // self._kv_replicas
         return rank * self.rows[index]
 
     def check(self, spec: QuantSpec) -> None:
@@ -101,6 +101,8 @@ class PartitionedLinearMethod(LinearMethodBase):  # type: ignore[misc]
     def __init__(self, name: str) -> None:
         self._name = name
         self._partition: Partition
+        self._dtype: torch.dtype
+        self._is_dummy: bool
 
     def create_weights(
         self,
@@ -115,6 +117,7 @@ class PartitionedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self._partition = Partition(
             layer, self._name, output_partition_sizes, input_size_per_partition, input_size, output_size
         )
+        self._dtype, self._is_dummy = params_dtype, loads_dummies()
         self._register(layer, self._partition, params_dtype, extra["weight_loader"])
 
     def _register(self, layer: Any, part: Partition, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
@@ -161,28 +164,33 @@ class FluteLinearMethod(PartitionedLinearMethod):
                 on_disk[name].append(whole[name])
             on_disk["codebook"].append((None, *whole["codebook"][1:]))
         for name, of_matrices in on_disk.items():
-            self._loads[name] = Loads(self._name, name, loader, of_matrices, STORED_DTYPES[name])
+            # vLLM's loader of vocabularies knows tensors of their rows alone.
+            load = _load_table if name == "codebook" and part.is_vocabulary else loader
+            self._loads[name] = Loads(self._name, name, load, of_matrices, STORED_DTYPES[name])
+        loaders = {name: loads.take for name, loads in self._loads.items()}
         layer.register_parameter(
-            "qweight", StackedParameter(shapes["qweight"], torch.int32, weight_loader=self._loads["qweight"])
+            "qweight", StackedParameter(shapes["qweight"], torch.int32, weight_loader=loaders["qweight"])
         )
         layer.register_parameter(
-            "scales", StackedParameter(shapes["scales"], torch.float16, weight_loader=self._loads["scales"])
+            "scales", StackedParameter(shapes["scales"], torch.float16, weight_loader=loaders["scales"])
         )
         table = self._specs[0].shapes(1, part.columns)["codebook"][1:]
         layer.register_parameter(
             "codebook",
             TableParameter(
-                data=torch.empty(count, *table, dtype=torch.float16), weight_loader=self._loads["codebook"]
+                data=torch.empty(count, *table, dtype=torch.float16), weight_loader=loaders["codebook"]
             ),
         )
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if "flute" in layer._modules:
-            return
-        if not loads_dummies():
-            for loads in self._loads.values():
-                loads.check_complete()
+        if "qweight" not in layer._parameters:
+            return  # done already
         part = self._partition
+        if self._is_dummy and "flute" not in layer._modules:
+            self._fill(layer)
+        else:
+            for loads in self._loads.values():
+                loads.finish()
         matrices = [
             Matrix(
                 spec,
@@ -194,26 +202,43 @@ class FluteLinearMethod(PartitionedLinearMethod):
             )
             for i, spec in enumerate(self._specs)
         ]
-        weight = ready(matrices, part, part.first_column, part.all_columns)
+        with made_ready(part.name):
+            weight = ReadyWeight(matrices, part.first_column, part.columns, part.all_columns)
         del layer.qweight, layer.scales, layer.codebook
-        attach(layer, weight)
+        attach(layer, weight, part.name)
+        if part.is_vocabulary:
+            # Where vLLM's adapters look for the dtype and device of a head.
+            nothing = torch.empty(0, dtype=self._dtype, device=layer.qweight.device)
+            layer.register_buffer("weight", nothing, persistent=False)
+
+    def _fill(self, layer: Any) -> None:
+        """Give the parameters random values; every matrix has a table of its own."""
+        for i, (spec, rows) in enumerate(zip(self._specs, self._partition.rows, strict=True)):
+            tensors = random_stored(spec, rows, self._partition.columns, layer.qweight.device)
+            layer.qweight.block(i).copy_(tensors["qweight"])
+            layer.scales.block(i).copy_(tensors["scales"])
+            layer.codebook.load_merged_column_weight(tensors["codebook"], shard_id=i)
 
 
-def ready(matrices: Sequence[Matrix], part: Partition, first_column: int, all_columns: int) -> ReadyWeight:
-    """The matrices laid out, with the layer's name in what goes wrong."""
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            return ReadyWeight(matrices, first_column, part.columns, all_columns)
-    except FluteError as error:
-        raise type(error)(f"{part.name}: {error}") from None
+def _load_table(param: TableParameter, loaded: Tensor) -> None:
+    param.load_column_parallel_weight(loaded)
 
 
-def attach(layer: Any, weight: ReadyWeight) -> None:
-    """Give a layer its weight, whose device vLLM's adapters read off an attribute of the name ``qweight``."""
-    layer.flute = weight
-    layer.register_buffer("qweight", weight.codes, persistent=False)
+def attach(layer: Any, weight: ReadyWeight, name: str) -> None:
+    """Give a layer its weight, or new values to the one that it has.
 
+    vLLM's adapters read its device off an attribute of the name ``qweight``.
 
-def loads_dummies() -> bool:
-    """Whether vLLM fills weights with random numbers instead of a checkpoint's."""
-    return str(get_current_vllm_config().load_config.load_format) == "dummy"
+    Args:
+        layer: of vLLM.
+        weight: of all its matrices.
+        name: of the layer, for messages.
+
+    Raises:
+        FormatError: the layer has a weight of another format.
+    """
+    if "flute" in layer._modules:
+        layer.flute.overwrite(weight, name)
+    else:
+        layer.flute = weight
+    layer.register_buffer("qweight", layer.flute.codes, persistent=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,15 +11,17 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from flute_kernels import FluteError, FormatError, QuantSpec, UnsupportedError
+from flute_kernels import FormatError, QuantSpec, UnsupportedError
 from flute_quant import fit_spec, quantize_tensor
+from flute_vllm.dummies import loads_dummies, random_stored
 from flute_vllm.experts import ACTIVATIONS, Experts, StackedExperts
-from flute_vllm.linear import check_columns, loads_dummies
+from flute_vllm.linear import check_columns
 from flute_vllm.parameters import STORED_DTYPES, WEIGHT_DTYPES, check_loaded
-from flute_vllm.weight import Matrix
+from flute_vllm.weight import Matrix, made_ready
 
 __all__ = ["ExpertMatrix", "FluteMoEMethod", "OnlineFluteMoEMethod"]
 
@@ -81,6 +84,9 @@ class _MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self._specs, self._name = dict(specs), name
         self._matrices: dict[str, ExpertMatrix] = {}
         self._waiting: dict[tuple[str, int], dict[str, Tensor]] = {}
+        self._device: torch.device
+        self._is_dummy = loads_dummies()
+        self._dtype: torch.dtype
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: it is for vLLM's own kernels."""
@@ -109,52 +115,77 @@ class _MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             spec = self._specs["w2" if shard == "w2" else "w13"]
             whole = (all_rows, all_columns, config.tp_rank, config.tp_size)
             self._matrices[shard] = self._fitted(ExpertMatrix(name, spec, rows, columns, *whole))
-        for stack in _STACKS:
+        self._device, self._dtype = torch.get_default_device(), params_dtype
+        for stack, shards in _STACKS.items():
             for tensor in self.on_disk:
-                # Nothing ever lies in it: it is where vLLM looks for the loader of a tensor.
-                place = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
-                set_weight_attrs(place, {"weight_loader": partial(self._load, layer, tensor)})
+                # Nothing lies in it: it is where vLLM looks for the loader of a tensor, and for how much
+                # is to come.
+                part = self._part_shape(self._matrices[shards[0]], tensor)
+                shape = (num_experts, len(shards), *part)
+                empty = torch.empty(shape, dtype=params_dtype, device="meta")
+                place = nn.Parameter(empty, requires_grad=False)
+                set_weight_attrs(place, {"weight_loader": self._loader(layer, tensor)})
                 layer.register_parameter(f"{stack}_{tensor}", place)
+
+    def _loader(self, layer: Any, tensor: str) -> Callable[..., bool | None]:
+        """What vLLM calls with each expert's ``tensor``; it keeps loaders beyond a layer's life."""
+        this, of_layer = weakref.ref(self), weakref.ref(layer)
+
+        def load(
+            param: nn.Parameter,
+            loaded_weight: Tensor,
+            weight_name: str,
+            shard_id: str,
+            expert_id: int,
+            return_success: bool = False,
+        ) -> bool | None:
+            method, owner = this(), of_layer()
+            assert method is not None
+            loaded = method._load(owner, tensor, param, loaded_weight, shard_id, expert_id)
+            return loaded if return_success else None
+
+        return load
 
     def _load(
         self,
         layer: Any,
         tensor: str,
         param: nn.Parameter,
-        loaded_weight: Tensor,
-        weight_name: str,
+        loaded: Tensor,
         shard_id: str,
         expert_id: int,
-        return_success: bool = False,
-    ) -> bool | None:
-        """vLLM's interface; one tensor of one expert, or of one that another process has."""
+    ) -> bool:
+        """Take one tensor of one expert; False where another process has it."""
         local = layer.expert_map_manager.map_global_to_local(expert_id)
         if local >= 0:
             matrix = self._matrices[shard_id]
             name = f"{self._name}.{expert_id}.{matrix.name}"
-            waiting = self._waiting.setdefault((shard_id, local), {})
-            waiting.update(self._stored(matrix, name, tensor, loaded_weight, param))
-        return local >= 0 if return_success else None
+            if param.is_meta and "flute" in layer._modules:  # vLLM reloads, and counts what will come
+                part = param[local, 1 if shard_id == "w3" else 0]
+                part.copy_(torch.empty_like(part))
+            else:
+                waiting = self._waiting.setdefault((shard_id, local), {})
+                waiting.update(self._stored(matrix, name, tensor, loaded))
+        return bool(local >= 0)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if "flute" in layer._modules:
-            return
+        places = [f"{stack}_{tensor}" for stack in _STACKS for tensor in self.on_disk]
+        if places[0] not in layer._parameters:
+            return  # done already
         count = layer.local_num_experts
-        if loads_dummies():
-            device = next(layer.parameters()).device
-            self._waiting = _random(self._matrices, count, device)
+        if self._is_dummy and "flute" not in layer._modules:
+            self._waiting = _random(self._matrices, count, self._device)
         self._check_complete(layer)
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                gate_up, down = (self._stacked(shards, count) for shards in _STACKS.values())
-        except FluteError as error:
-            raise type(error)(f"{self._name}: {error}") from None
-        layer.flute = Experts(
-            gate_up, down, count, layer.activation, bool(layer.apply_router_weight_on_input)
-        )
-        for stack in _STACKS:
-            for tensor in self.on_disk:
-                delattr(layer, f"{stack}_{tensor}")
+        with made_ready(self._name):
+            gate_up, down = (self._stacked(shards, count) for shards in _STACKS.values())
+            on_input = bool(layer.apply_router_weight_on_input)
+            experts = Experts(gate_up, down, count, layer.activation, on_input)
+        for place in places:
+            delattr(layer, place)
+        if "flute" in layer._modules:
+            layer.flute.overwrite(experts, self._name)
+        else:
+            layer.flute = experts
 
     def _check_complete(self, layer: Any) -> None:
         for number in range(layer.global_num_experts):
@@ -197,10 +228,12 @@ class _MoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """With the spec that this process's part can have; raises FormatError where there is none."""
         raise NotImplementedError
 
-    def _stored(
-        self, matrix: ExpertMatrix, name: str, tensor: str, loaded: Tensor, param: nn.Parameter
-    ) -> dict[str, Tensor]:
-        """Of one expert's tensor, what is to wait: this process's part, quantized, where ``param`` is."""
+    def _part_shape(self, matrix: ExpertMatrix, tensor: str) -> tuple[int, ...]:
+        """Of this process's part of one expert's tensor."""
+        raise NotImplementedError
+
+    def _stored(self, matrix: ExpertMatrix, name: str, tensor: str, loaded: Tensor) -> dict[str, Tensor]:
+        """Of one expert's tensor, what is to wait: this process's part, quantized, on its device."""
         raise NotImplementedError
 
     def _signs(self, matrix: ExpertMatrix) -> tuple[int, int]:
@@ -222,9 +255,10 @@ class FluteMoEMethod(_MoEMethod):
         check_columns(name, matrix.spec, matrix.columns, matrix.all_columns, matrix.tp_size)
         return matrix
 
-    def _stored(
-        self, matrix: ExpertMatrix, name: str, tensor: str, loaded: Tensor, param: nn.Parameter
-    ) -> dict[str, Tensor]:
+    def _part_shape(self, matrix: ExpertMatrix, tensor: str) -> tuple[int, ...]:
+        return matrix.spec.shapes(matrix.rows, matrix.columns)[tensor]
+
+    def _stored(self, matrix: ExpertMatrix, name: str, tensor: str, loaded: Tensor) -> dict[str, Tensor]:
         whole = matrix.spec.shapes(matrix.all_rows, matrix.all_columns)[tensor]
         if tensor == "codebook":
             entries = whole[1]
@@ -233,14 +267,14 @@ class FluteMoEMethod(_MoEMethod):
             check_loaded(f"{name}: {tensor}", loaded, (None, *whole[1:]), self.on_disk[tensor])
         else:
             check_loaded(f"{name}: {tensor}", loaded, whole, self.on_disk[tensor])
-            loaded = matrix.part(loaded, matrix.spec.shapes(matrix.rows, matrix.columns)[tensor][1])
+            loaded = matrix.part(loaded, self._part_shape(matrix, tensor)[1])
         if tensor != "qweight" and not loaded.isfinite().all():
             bad = int((~loaded.isfinite()).sum())
             raise FormatError(
                 f"{name}: {tensor} has {bad} of {loaded.numel()} values that are NaN or infinite; "
                 "expected none."
             )
-        return {tensor: loaded.to(param.device, copy=True).contiguous()}
+        return {tensor: loaded.to(self._device, copy=True).contiguous()}
 
     def _signs(self, matrix: ExpertMatrix) -> tuple[int, int]:
         first = 0 if matrix.columns == matrix.all_columns else matrix.tp_rank * matrix.columns
@@ -267,13 +301,15 @@ class OnlineFluteMoEMethod(_MoEMethod):
             _log.info("%s.*.%s: %s", self._name, matrix.name, note)
         return replace(matrix, spec=spec)
 
-    def _stored(
-        self, matrix: ExpertMatrix, name: str, tensor: str, loaded: Tensor, param: nn.Parameter
-    ) -> dict[str, Tensor]:
+    def _part_shape(self, matrix: ExpertMatrix, tensor: str) -> tuple[int, ...]:
+        return matrix.rows, matrix.columns
+
+    def _stored(self, matrix: ExpertMatrix, name: str, tensor: str, loaded: Tensor) -> dict[str, Tensor]:
         whole = (matrix.all_rows, matrix.all_columns)
         check_loaded(f"{name}: {tensor}", loaded, whole, self.on_disk[tensor])
-        weight = matrix.part(loaded, matrix.columns).to(param.device, param.dtype)
-        linear, _ = quantize_tensor(weight, matrix.spec, method=self._method, name=name)
+        weight = matrix.part(loaded, matrix.columns).to(self._device, self._dtype)
+        with made_ready(name):
+            linear, _ = quantize_tensor(weight, matrix.spec, method=self._method, name="weight")
         return {"qweight": linear.qweight, "scales": linear.scales, "codebook": linear.codebook}
 
     def _signs(self, matrix: ExpertMatrix) -> tuple[int, int]:
@@ -287,6 +323,8 @@ def _refuse_what_is_not_implemented(layer: Any, name: str) -> None:
         has.append(f"the activation {layer.activation.value} (there are {known})")
     if layer.moe_config.has_bias:
         has.append("biases")
+    if get_current_vllm_config().lora_config is not None:
+        has.append("LoRA adapters")  # vLLM would put them on the experts, whatever their targets
     for limit in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):
         if getattr(layer, limit) is not None:
             has.append(f"{limit} = {getattr(layer, limit)}")
@@ -308,14 +346,11 @@ def _load_weights(
 def _random(
     matrices: Mapping[str, ExpertMatrix], experts: int, device: torch.device
 ) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Random weights for measuring; every expert has the same."""
+    """Random weights for measuring; every expert has the same codes, and tables of its own."""
     made = {}
     for shard, matrix in matrices.items():
-        shapes = matrix.spec.shapes(matrix.rows, matrix.columns)
-        tensors = {
-            "qweight": torch.randint(-(2**31), 2**31, shapes["qweight"], dtype=torch.int32, device=device),
-            "scales": torch.full(shapes["scales"], 0.02, dtype=torch.float16, device=device),
-            "codebook": torch.randn(shapes["codebook"], device=device).half(),
-        }
-        made.update({(shard, local): tensors for local in range(experts)})
+        tensors = random_stored(matrix.spec, matrix.rows, matrix.columns, device)
+        for local in range(experts):
+            own = torch.randn_like(tensors["codebook"]).sort(dim=1).values
+            made[shard, local] = {**tensors, "codebook": own}
     return made

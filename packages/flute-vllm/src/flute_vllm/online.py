@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.layers.linear import (
-    ReplicatedLinear,
-    register_weight_loader_v2_supported_method,
-)
+from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 
 from flute_kernels import FormatError, QuantSpec
 from flute_quant import DEFAULT_IGNORE, fit_spec, quantize_tensor
 from flute_quant.patterns import matches
-from flute_vllm.linear import Partition, PartitionedLinearMethod, attach, loads_dummies, ready
+from flute_vllm.dummies import STANDARD_DEVIATION
+from flute_vllm.linear import Partition, PartitionedLinearMethod, attach
 from flute_vllm.parameters import WEIGHT_DTYPES, Loads, StackedParameter
-from flute_vllm.weight import Matrix
+from flute_vllm.weight import Matrix, ReadyWeight, made_ready
 
 __all__ = ["OnlineFluteLinearMethod", "OnlineOptions"]
 
@@ -85,24 +84,12 @@ def _number(name: str, text: str) -> int:
         raise FormatError(f"{name} is {text!r}; expected an integer.") from None
 
 
-class _Waiting(StackedParameter):
-    """A 16-bit weight that takes memory from its first shard on until it is quantized."""
-
-    data: Tensor
-
-    def block(self, index: int) -> Tensor:
-        if self.data.numel() == 0:
-            self.data = torch.empty(self.full_size, dtype=self.data.dtype, device=self.data.device)
-        return super().block(index)
-
-    def release(self) -> None:
-        """Give the memory back until the next shard comes."""
-        self.data = self.data.new_empty(0)
-
-
 @register_weight_loader_v2_supported_method
 class OnlineFluteLinearMethod(PartitionedLinearMethod):
-    """One layer: 16-bit parameters while it loads, products with quantized ones after.
+    """One layer: what comes of its 16-bit matrices while it loads, products with quantized ones after.
+
+    The layer's parameter is a meta tensor, which takes no memory. The first matrix that comes takes memory
+    for all of the layer's, until the last one has come and they are quantized.
 
     Args:
         spec: what is wanted; a layer takes what its K allows.
@@ -114,44 +101,63 @@ class OnlineFluteLinearMethod(PartitionedLinearMethod):
         super().__init__(name)
         self._spec, self._method = spec, method
         self._loads: Loads
+        self._device: torch.device
+        self._waiting: StackedParameter | None = None
 
     def _register(self, layer: Any, part: Partition, dtype: torch.dtype, loader: Callable[..., Any]) -> None:
         self._spec, note = fit_spec(self._spec, part.columns)
         if note:
             _log.info("%s: %s", self._name, note)
+        self._device = torch.get_default_device()
         on_disk: list[tuple[int | None, ...]] = [(rows, part.all_columns) for rows in part.matrix_rows]
         self._loads = Loads(self._name, "weight", loader, on_disk, WEIGHT_DTYPES)
+        this, of_layer = weakref.ref(self), weakref.ref(layer)  # vLLM keeps loaders beyond a layer's life
 
         def load(param: Any, loaded: Tensor, *shard: Any) -> None:
-            self._loads(param, loaded, *shard)
-            if len(self._loads.seen) == len(part.rows):
-                self._quantize(layer)
+            method, owner = this(), of_layer()
+            assert method is not None
+            method._take(owner, param, loaded, *shard)
 
         shapes = [(rows, part.columns) for rows in part.rows]
-        weight = _Waiting(shapes, dtype, weight_loader=load)
-        layer.register_parameter("weight", weight)
-        if not isinstance(layer, ReplicatedLinear):
-            weight.release()
+        place = StackedParameter(shapes, dtype, torch.device("meta"), weight_loader=load)
+        layer.register_parameter("weight", place)
 
-    def _quantize(self, layer: Any) -> None:
-        part, weight = self._partition, layer.weight
-        matrices = []
-        for i, all_rows in enumerate(part.matrix_rows):
-            linear, _ = quantize_tensor(weight.block(i), self._spec, method=self._method, name=part.name)
-            matrices.append(
-                Matrix(
-                    self._spec, linear.qweight, linear.scales, linear.codebook, part.first_row(i), all_rows
-                )
-            )
-        # What is rotated here is this process's part, so the signs begin with it.
-        attach(layer, ready(matrices, part, first_column=0, all_columns=part.columns))
-        weight.release()
+    def _take(self, layer: Any, param: StackedParameter, loaded: Tensor, *shard: Any) -> None:
+        if param.is_meta and "flute" not in layer._modules:  # else vLLM reloads, and makes room itself
+            if self._waiting is None:
+                self._waiting = self._room(param)
+            param = self._waiting
+        self._loads.take(param, loaded, *shard)
+        if self._loads.is_complete:
+            self._quantize(layer, param)
+
+    def _room(self, place: StackedParameter) -> StackedParameter:
+        """Memory for all of the layer's matrices."""
+        room = StackedParameter(place.shapes, place.dtype, self._device, weight_loader=place.weight_loader)
+        room.tp_rank, room.tp_size = place.tp_rank, place.tp_size
+        return room
+
+    def _quantize(self, layer: Any, weight: StackedParameter) -> None:
+        part, spec = self._partition, self._spec
+        with made_ready(part.name):
+            matrices = []
+            for i, all_rows in enumerate(part.matrix_rows):
+                linear, _ = quantize_tensor(weight.block(i), spec, method=self._method, name="weight")
+                stored = (linear.qweight, linear.scales, linear.codebook)
+                matrices.append(Matrix(spec, *stored, part.first_row(i), all_rows))
+            # What is rotated here is this process's part, so the signs begin with it.
+            ready = ReadyWeight(matrices, 0, part.columns, part.columns)
+        attach(layer, ready, part.name)
+        self._loads.seen.clear()
+        self._waiting = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        if "flute" not in layer._modules:
-            if not loads_dummies():
-                self._loads.check_complete()
-            for i in range(len(self._partition.rows)):
-                layer.weight.block(i).normal_(std=0.02)
-            self._quantize(layer)
+        if "weight" not in layer._parameters:
+            return  # done already
+        if self._is_dummy and "flute" not in layer._modules:
+            room = self._room(layer.weight)
+            room.data.normal_(std=STANDARD_DEVIATION)
+            self._quantize(layer, room)
+        if self._loads.seen or "flute" not in layer._modules:
+            self._loads.finish()
         del layer.weight

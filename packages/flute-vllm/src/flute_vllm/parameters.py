@@ -7,6 +7,8 @@ block for each matrix. Blocks may differ in width, since matrices may be quantiz
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,24 +44,33 @@ class StackedParameter(BasevLLMParameter):  # type: ignore[misc]
     Args:
         shapes: of this process's part of every matrix.
         dtype: until a tensor of another comes.
+        device: vLLM's for this process by default.
     """
 
     def __new__(
-        cls, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, **kwargs: Any
+        cls,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        **kwargs: Any,
     ) -> StackedParameter:
         widths = {columns for _, columns in shapes}
         size: tuple[int, ...] = (sum(rows * columns for rows, columns in shapes),)
         if len(widths) == 1:
             size = (sum(rows for rows, _ in shapes), widths.pop())
-        made: StackedParameter = super().__new__(cls, data=torch.empty(size, dtype=dtype))
+        made: StackedParameter = super().__new__(cls, data=torch.empty(size, dtype=dtype, device=device))
         return made
 
     def __init__(
-        self, shapes: Sequence[tuple[int, int]], dtype: torch.dtype, *, weight_loader: Callable[..., Any]
+        self,
+        shapes: Sequence[tuple[int, int]],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        *,
+        weight_loader: Callable[..., Any],
     ) -> None:
         super().__init__(data=self.data, weight_loader=weight_loader)
         self.shapes = list(shapes)
-        self.full_size = self.data.shape
 
     @property
     def output_dim(self) -> int:
@@ -105,6 +116,8 @@ class TableParameter(PerTensorScaleParameter):  # type: ignore[misc]
         self.tables: dict[int, Tensor] = {}
 
     def _load(self, loaded: Tensor, index: int = 0) -> None:
+        if loaded.shape[1:] == self.data.shape[1:]:
+            self.data[index].copy_(loaded[0])  # what vLLM counts where it reloads weights
         self.tables[index] = loaded.to(device=self.data.device, copy=True)
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
@@ -122,12 +135,13 @@ class TableParameter(PerTensorScaleParameter):  # type: ignore[misc]
 
 @dataclass
 class Loads:
-    """A weight loader that checks what it is given and remembers what has come.
+    """What a layer's loader is given, checked, and what of it has come.
 
     Args:
         name: of the layer.
         tensor: ``qweight``, ``scales`` or ``codebook``.
-        load: vLLM's loader.
+        load: vLLM's loader. Where it is the layer's method, the layer is not kept: vLLM remembers loaders
+            beyond a layer's life.
         shapes: of the layer's matrices on disk, where some may also be fused along the first extent. A first
             extent of None is any.
         dtypes: on disk.
@@ -140,7 +154,19 @@ class Loads:
     dtypes: tuple[torch.dtype, ...]
     seen: set[int] = field(default_factory=set)
 
-    def __call__(self, param: Any, loaded: Tensor, *shard: Any) -> None:
+    def __post_init__(self) -> None:
+        if inspect.ismethod(self.load):
+            method = weakref.WeakMethod(self.load)
+
+            def load(*arguments: Any) -> None:
+                alive = method()
+                assert alive is not None
+                alive(*arguments)
+
+            self.load = load
+
+    def take(self, param: Any, loaded: Tensor, *shard: Any) -> None:
+        """The ``weight_loader`` of ``param``, which vLLM also calls with meta tensors, only to count."""
         matrices = _matrices(shard[0] if shard else None, len(self.shapes))
         rows = [self.shapes[i][0] for i in matrices]
         known = [r for r in rows if r is not None]
@@ -155,15 +181,22 @@ class Loads:
                 )
             param.data = param.data.to(loaded.dtype)
         self.load(param, loaded, *shard)
-        self.seen.update(matrices)
+        if not param.is_meta:
+            self.seen.update(matrices)
 
-    def check_complete(self) -> None:
-        """Raise FormatError unless every matrix has come."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether every matrix has come."""
+        return len(self.seen) == len(self.shapes)
+
+    def finish(self) -> None:
+        """Begin anew; raise FormatError unless every matrix has come."""
         count = len(self.shapes)
         missing = count - len(self.seen)
         if missing:
             of = "" if count == 1 else f" of {missing} of its {count} matrices"
             raise FormatError(f"{self.name}: {self.tensor}{of} is missing from the checkpoint.")
+        self.seen.clear()
 
 
 def check_loaded(

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from flute_kernels import FormatError, LutWeight, QuantizedLinear, QuantSpec, hadamard, qgemm
+from flute_kernels import FluteError, FormatError, LutWeight, QuantizedLinear, QuantSpec, hadamard, qgemm
 from flute_kernels.format import hadamard_signs
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["Matrix", "Packed", "ReadyWeight", "Rotation", "as_one"]
+__all__ = ["InPlace", "Matrix", "Packed", "ReadyWeight", "Rotation", "as_one", "made_ready"]
 
 _SEGMENT = 16
 """Rows of one table come in multiples of this where a weight has several."""
+
+
+@contextlib.contextmanager
+def made_ready(name: str) -> Iterator[None]:
+    """While the weights of layer ``name`` are quantized or laid out: its name is put before what goes wrong.
+
+    vLLM loads under the GPU as default device, and in inference mode, neither of which is this code's matter.
+    """
+    try:
+        with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+            yield
+    except FluteError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 @dataclass
@@ -107,7 +121,52 @@ class Rotation(nn.Module):
         return hadamard(x, self.signs, self.block) if self.block else x
 
 
-class ReadyWeight(nn.Module):
+class InPlace(nn.Module):
+    """A module into whose tensors new weights can be written: CUDA graphs know them by their addresses.
+
+    vLLM takes a module's buffers away while it reloads weights and gives them back after, so that they are
+    kept under another name, too.
+    """
+
+    _kept: dict[str, Tensor]
+
+    def _keep(self) -> None:
+        """Remember the tensors; to be called when all are there."""
+        self._kept = dict(self.named_buffers())
+
+    def overwrite(self, new: InPlace, name: str) -> None:
+        """Take the values of another such module.
+
+        Raises:
+            FormatError: its tensors do not fit into this one's; ``name`` is in the message.
+        """
+        theirs = dict(new._kept)
+        for key, mine in self._kept.items():
+            place, _, kind = key.rpartition(".")
+            tables = theirs.get(f"{place}.tables")
+            if kind == "table_of_block" and key not in theirs and tables is not None and len(tables) == 1:
+                # All rows of the new weight have the same table, whichever of the old ones was theirs.
+                theirs[key] = mine
+                theirs[f"{place}.tables"] = tables.expand(
+                    len(self._kept[f"{place}.tables"]), *tables.shape[1:]
+                )
+        for key in {**self._kept, **theirs}:
+            mine_is, theirs_is = _described(self._kept.get(key)), _described(theirs.get(key))
+            if mine_is != theirs_is:
+                raise FormatError(
+                    f"{name}: {key.rpartition('.')[2]} of the new weights is {theirs_is}, of those in use "
+                    f"{mine_is}; new weights are to be of the same format."
+                )
+        with torch.no_grad():
+            for key, mine in self._kept.items():
+                mine.copy_(theirs[key])
+
+
+def _described(tensor: Tensor | None) -> str:
+    return "absent" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+class ReadyWeight(InPlace):
     """``x @ W_hat.T + bias`` for the matrices of a layer, in the kernels' layout.
 
     They are one weight if they can be, else one each, whose results are put side by side.
@@ -127,11 +186,13 @@ class ReadyWeight(nn.Module):
         linears = [one] if one is not None else [_alone(m) for m in matrices]
         self.parts = [Packed(LutWeight.from_linear(linear)) for linear in linears]
         self.weights = nn.ModuleList(self.parts)
+        self._codes = self.parts[0].codes
+        self._keep()
 
     @property
     def codes(self) -> Tensor:
         """Of the first weight."""
-        return self.parts[0].codes
+        return self._codes
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x = self.rotation(x)

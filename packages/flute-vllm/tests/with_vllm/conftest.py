@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from flute_kernels import QuantSpec
 from flute_quant import quantize_checkpoint
@@ -21,6 +22,16 @@ os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 def pytest_configure(config: pytest.Config) -> None:
     """vLLM warns of much that is its own matter."""
     config.addinivalue_line("filterwarnings", "default")
+    config.addinivalue_line("markers", "two_processes: shares a model, on GPUs if there are any")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``gpu`` want one, and those marked ``two_processes`` two, where there are any."""
+    gpus = torch.cuda.device_count()
+    if item.get_closest_marker("gpu") and gpus == 0:
+        pytest.skip("torch sees no GPU.")
+    if item.get_closest_marker("two_processes") and gpus == 1:
+        pytest.skip("each process takes a GPU, and torch sees one.")
 
 
 @pytest.fixture(scope="session")

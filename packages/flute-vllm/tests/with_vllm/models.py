@@ -71,6 +71,7 @@ def make_checkpoint(
     overrides: tuple[Any, ...] = (),
     shape: tuple[tuple[str, Any], ...] = (),
     experts: bool = False,
+    seed: int = 0,
     **spec: int,
 ) -> Checkpoint:
     """A random model, quantized with tables of each matrix's own.
@@ -80,10 +81,11 @@ def make_checkpoint(
         family: of :data:`CONFIGS`.
         method, include, overrides, experts: as ``quantize_checkpoint`` takes them.
         shape: what differs from :data:`SHAPE`.
+        seed: of the weights.
         spec: of ``QuantSpec``; 4 bits in groups of 32 by default.
     """
     made = Checkpoint(folder / "source", folder / "quantized", folder / "twin")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = getattr(transformers, CONFIGS[family])(**{**SHAPE, **EXPERTS.get(family, {}), **dict(shape)})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

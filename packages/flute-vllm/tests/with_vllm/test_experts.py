@@ -84,6 +84,7 @@ def test_random_weights_for_measuring(
     assert [len(tokens) for tokens in said] == [12, 12, 12]
 
 
+@pytest.mark.two_processes
 @pytest.mark.parametrize(
     ("family", "expert_parallel"),
     [("qwen2_moe", False), ("qwen3_moe", True)],

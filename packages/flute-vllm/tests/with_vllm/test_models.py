@@ -51,8 +51,11 @@ def test_tied_embeddings(checkpoint: Callable[..., Checkpoint], engine: Engine) 
     assert engine.tokens(model.quantized) == engine.tokens(model.twin)
 
 
-def test_adapters(checkpoint: Callable[..., Checkpoint], engine: Engine, tmp_path: Path) -> None:
-    model = checkpoint("llama")
+@pytest.mark.parametrize("options", [{}, {"include": ("lm_head",)}], ids=["head in 16 bits", "head"])
+def test_adapters(
+    checkpoint: Callable[..., Checkpoint], engine: Engine, tmp_path: Path, options: dict[str, object]
+) -> None:
+    model = checkpoint("llama", **options)
     rank, widths = 8, {"q_proj": (128, 128), "v_proj": (128, 64), "down_proj": (192, 128)}
     config = {
         "peft_type": "LORA",
@@ -71,7 +74,7 @@ def test_adapters(checkpoint: Callable[..., Checkpoint], engine: Engine, tmp_pat
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(rank, k, generator=generator) * 0.1
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(n, rank, generator=generator) * 0.1
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    options = {"enable_lora": True, "max_lora_rank": rank}
-    with_adapter = engine.tokens(model.quantized, adapter=tmp_path, **options)
-    assert with_adapter == engine.tokens(model.twin, adapter=tmp_path, **options)
+    lora = {"enable_lora": True, "max_lora_rank": rank}
+    with_adapter = engine.tokens(model.quantized, adapter=tmp_path, **lora)
+    assert with_adapter == engine.tokens(model.twin, adapter=tmp_path, **lora)
     assert with_adapter != engine.tokens(model.twin)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from .models import Checkpoint
 from .serving import Engine, server, tokens_of_another_process
 
 
+@pytest.mark.two_processes
 def test_two_processes_share_a_model(checkpoint: Callable[..., Checkpoint]) -> None:
     model = checkpoint("llama")
     two = {"tensor_parallel_size": 2}
@@ -21,6 +24,17 @@ def test_compiled(checkpoint: Callable[..., Checkpoint], engine: Engine) -> None
     model = checkpoint("llama", hadamard=64)
     said = tokens_of_another_process(model.quantized, {}, enforce_eager=False)
     assert said == engine.tokens(model.quantized)
+
+
+def test_compiled_once_and_found_again(
+    checkpoint: Callable[..., Checkpoint], engine: Engine, tmp_path: Path
+) -> None:
+    """As vLLM does by default: what has been compiled is on disk, and serves the next process."""
+    model = checkpoint("llama")
+    cached = {"VLLM_DISABLE_COMPILE_CACHE": "0", "VLLM_CACHE_ROOT": str(tmp_path)}
+    said = [tokens_of_another_process(model.quantized, cached, enforce_eager=False) for _ in range(2)]
+    assert any(tmp_path.rglob("*compile*"))
+    assert said == [engine.tokens(model.quantized)] * 2
 
 
 def test_served(real_model: Path) -> None:

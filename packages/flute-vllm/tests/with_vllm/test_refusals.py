@@ -28,9 +28,10 @@ def damaged(checkpoint: Callable[..., Checkpoint], tmp_path: Path) -> Callable[.
     def make(
         tensors: Callable[[dict[str, Tensor]], object] = lambda t: None,
         config: Callable[[dict[str, object]], object] = lambda c: None,
+        family: str = "llama",
     ) -> Path:
         folder = tmp_path / "damaged"
-        shutil.copytree(checkpoint("llama").quantized, folder)
+        shutil.copytree(checkpoint(family).quantized, folder)
         weights = load_file(folder / "model.safetensors")
         tensors(weights)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -57,6 +58,30 @@ def test_missing_tensor(engine: Engine, damaged: Callable[..., Path]) -> None:
 def test_missing_matrix_of_a_merged_layer(engine: Engine, damaged: Callable[..., Path]) -> None:
     folder = damaged(lambda t: t.pop("model.layers.0.self_attn.k_proj.scales"))
     refused(engine, folder, "model.layers.0.self_attn.qkv_proj", "scales", "1 of its 3", "missing")
+
+
+@pytest.mark.parametrize(("name", "said"), [("model.embed_tokens", "embed"), ("lm_head", "lm_head")])
+def test_missing_matrix_in_16_bits(
+    engine: Engine, damaged: Callable[..., Path], name: str, said: str
+) -> None:
+    refused(engine, damaged(lambda t: t.pop(f"{name}.weight")), said, "weight is missing")
+
+
+def test_missing_bias(engine: Engine, damaged: Callable[..., Path]) -> None:
+    name = "model.layers.1.self_attn.v_proj"
+    refused(engine, damaged(lambda t: t.pop(f"{name}.bias"), family="qwen2"), f"{name}: bias is missing")
+
+
+def test_missing_part_of_a_16_bit_checkpoint(
+    engine: Engine, checkpoint: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(checkpoint("llama").source, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    parts = ("model.layers.1.mlp.gate_up_proj: weight", "1 of its 2", "missing")
+    refused(engine, folder, *parts, quantization="flute")
 
 
 def test_wrong_shape(engine: Engine, damaged: Callable[..., Path]) -> None:
@@ -102,3 +127,8 @@ def test_missing_expert(engine: Engine, checkpoint: Callable[..., Checkpoint], t
     del weights[f"{name}.scales"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     refused(engine, folder, f"{name}: scales is missing")
+
+
+def test_adapters_on_quantized_experts(engine: Engine, checkpoint: Callable[..., Checkpoint]) -> None:
+    model = checkpoint("qwen3_moe", experts=True)
+    refused(engine, model.quantized, "model.layers.0.mlp.experts", "LoRA", enable_lora=True)

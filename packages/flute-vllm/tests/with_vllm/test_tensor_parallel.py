@@ -37,16 +37,16 @@ def make(
     monkeypatch: pytest.MonkeyPatch,
     rank: int,
     size: int,
-    spec: QuantSpec,
+    spec: QuantSpec | None,
     kind: type,
     *arguments: Any,
     **options: Any,
 ) -> nn.Module:
-    """A layer as process ``rank`` of ``size`` makes it."""
+    """A layer as process ``rank`` of ``size`` makes it; of a 16-bit checkpoint where ``spec`` is None."""
     for module in (linear_layers, parameters):
         monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
         monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
-    config = FluteConfig(QuantizationConfig(spec))
+    config = FluteConfig(QuantizationConfig(spec) if spec is not None else None)
     config.packed_modules_mapping = {
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
         "gate_up_proj": ["gate", "up"],
@@ -98,7 +98,7 @@ def test_query_key_value(monkeypatch: pytest.MonkeyPatch, size: int, bits: int) 
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["apart on disk", "fused on disk"])
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_gate_and_up(monkeypatch: pytest.MonkeyPatch, size: int, fused: bool) -> None:
     spec, rows = QuantSpec(bits=2, group_size=64), 192
     both = stored(2 * rows, HIDDEN, spec, 0)
@@ -163,3 +163,35 @@ def test_columns_that_groups_do_not_divide_are_refused(monkeypatch: pytest.Monke
     spec = QuantSpec(bits=4, group_size=128)
     with pytest.raises(FormatError, match=r"m\.down_proj: K = 256 over tp = 4 .* 64 each.* g = 128"):
         make(monkeypatch, 0, 4, spec, RowParallelLinear, HIDDEN, 96, prefix="m.down_proj")
+
+
+def test_vllm_loads_under_the_device_that_it_serves_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here under one on which no tensor has values, as a GPU that this machine need not have."""
+    spec = QuantSpec(bits=3, group_size=64, hadamard=64, hadamard_seed=3)
+    linear = stored(96, HIDDEN, spec, 0)
+    layer = make(monkeypatch, 0, 1, spec, RowParallelLinear, HIDDEN, 96, prefix="m.down_proj")
+    with torch.device("meta"):
+        load(layer, linear)
+        layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, HIDDEN)
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), x @ dense(linear).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "vector_size"), [("default", 1), ("learned", 1), ("nf", 1), ("lloyd-pairs", 2)]
+)
+def test_vllm_quantizes_under_the_device_that_it_serves_on(
+    monkeypatch: pytest.MonkeyPatch, method: str, vector_size: int
+) -> None:
+    spec = QuantSpec(bits=2, group_size=64, vector_size=vector_size, hadamard=64)
+    for name in ("bits", "group_size", "vector_size", "hadamard"):
+        monkeypatch.setenv(f"FLUTE_{name.upper()}", str(getattr(spec, name)))
+    monkeypatch.setenv("FLUTE_METHOD", method)
+    weight = torch.randn(96, HIDDEN, generator=torch.Generator().manual_seed(0))
+    layer = make(monkeypatch, 0, 1, None, RowParallelLinear, HIDDEN, 96, prefix="m.down_proj")
+    with torch.device("meta"):
+        layer.weight.weight_loader(layer.weight, weight)
+        layer.quant_method.process_weights_after_loading(layer)
+    x = torch.randn(3, HIDDEN)
+    wanted = x @ dense(quantize_tensor(weight, spec, method=method)[0]).T
+    torch.testing.assert_close(layer.quant_method.apply(layer, x), wanted, rtol=1e-4, atol=1e-4)
