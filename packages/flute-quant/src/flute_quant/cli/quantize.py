@@ -23,6 +23,7 @@ from flute_quant.codebooks import load_table
 from flute_quant.importance import IMPORTANCE_OPTIONS, load_importance
 from flute_quant.methods import ALIASES, method_names, methods, table_method
 from flute_quant.patterns import parse_override
+from flute_quant.rotation import AUTO_HADAMARD
 
 __all__ = ["add_parser"]
 
@@ -52,10 +53,10 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--vector-size", type=int, default=1, help="weights that share a code: 1 or 2 (default 1)")
     p.add_argument(
         "--hadamard",
-        type=int,
-        default=0,
+        type=_hadamard,
         metavar="BLOCK",
-        help="rotate inputs in blocks of this power of two",
+        help="rotate inputs in blocks of this power of two; auto is the largest that divides a layer's K, "
+        f"up to {AUTO_HADAMARD} (default: auto with --method higgs, which is made for it, else none)",
     )
     p.add_argument(
         "--hadamard-seed", type=int, default=0, metavar="SEED", help="seed of the rotation's signs"
@@ -121,10 +122,15 @@ def add_parser(commands: Any) -> None:
     p.set_defaults(run=_run, interrupted=_interrupted)
 
 
+def _hadamard(text: str) -> int:
+    return AUTO_HADAMARD if text == "auto" else int(text)
+
+
 def _run(options: argparse.Namespace) -> int:
-    spec = QuantSpec(
-        options.bits, options.group_size, options.vector_size, options.hadamard, options.hadamard_seed
-    )
+    block = options.hadamard
+    if block is None:
+        block = AUTO_HADAMARD if options.method == "higgs" and not options.table else 0
+    spec = QuantSpec(options.bits, options.group_size, options.vector_size, block, options.hadamard_seed)
     choices: dict[str, Any] = {
         "method": table_method(load_table(options.table)) if options.table else options.method,
         "ignore": options.ignore,
