@@ -279,7 +279,7 @@ def test_folders_of_different_models_are_not_compared(
     transformers.LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
     for file in checkpoints("llama").glob("tokenizer*"):
         (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(CheckpointError, match=r"is \[32, 32\] in .* and stands for \[64, 64\]"):
+    with pytest.raises(CheckpointError, match=r"is \[96, 32\] in .* and stands for \[100, 64\]"):
         compare_checkpoints(tmp_path / "other", tmp_path / "out", text, length=16)
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from flute_quant.checkpoint.inspect import inspect_checkpoint
+from flute_quant.checkpoint.loading import load_model
 from flute_quant.checkpoint.quantized import QuantizedFolder
 from flute_quant.checkpoint.source import CheckpointFolder
 from flute_quant.checkpoint.structure import quiet_transformers
-from flute_quant.errors import CheckpointError, one_line
+from flute_quant.errors import CheckpointError
 from flute_quant.evaluation import Distance, DistanceMeter, load_tokenizer, text_windows
 from flute_quant.rotation import unrotate
 
@@ -62,7 +63,7 @@ def load_dequantized(path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -
             state[name] = value.to(dtype) if value.is_floating_point() else value
     for module in quantized.modules:
         state[f"{module}.weight"] = _weight(quantized, module).to(dtype)
-    return _load(quantized.folder, dtype, state)
+    return load_model(quantized.folder, dtype, state)
 
 
 def compare_checkpoints(
@@ -103,7 +104,7 @@ def compare_checkpoints(
     inspection = inspect_checkpoint(dst)
     layers = _layer_errors(source_folder, QuantizedFolder.open(dst))
     quantized = load_dequantized(dst, dtype=dtype).to(device).eval()
-    source = _load(source_folder, dtype, None).to(device).eval()
+    source = load_model(source_folder, dtype, None).to(device).eval()
     meter = DistanceMeter()
     with torch.inference_mode():
         for done, window in enumerate(chosen.tokens.to(device), 1):
@@ -149,29 +150,3 @@ def _weight(quantized: QuantizedFolder, module: str) -> Tensor:
     if linear.spec.hadamard:
         weight = unrotate(weight, linear.spec.hadamard, linear.spec.hadamard_seed)
     return weight
-
-
-def _load(folder: CheckpointFolder, dtype: torch.dtype, state: dict[str, Tensor] | None) -> Any:
-    """A model with Transformers' own loading rules, from its folder or from tensors in memory."""
-    with quiet_transformers():
-        import transformers
-
-        plain = {k: v for k, v in folder.config.items() if k not in ("quantization_config", "auto_map")}
-        named = plain.get("architectures")
-        name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-        kind: Any = getattr(transformers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            kind = transformers.AutoModelForCausalLM
-        try:
-            config = transformers.AutoConfig.for_model(plain.pop("model_type", None), **plain)
-            where = str(folder.path) if state is None else None
-            return kind.from_pretrained(
-                where,
-                config=config,
-                state_dict=state,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
-            )
-        except Exception as error:
-            raise CheckpointError(f"Transformers cannot load {folder.path}: {one_line(error)}") from None
