@@ -234,10 +234,9 @@ def test_an_average_on_the_command_line(
     assert len({x.bits for x in found.layers}) > 1
     assert all(x.bits == 4 for x in found.layers if x.name.endswith("o_proj"))
     assert f"Allocated {found.bits_per_weight:.3f} bits a weight: " in said
-    assert (
-        main(["quantize", str(checkpoints("llama")), str(tmp_path / "x"), "--bits", "2.0", *arguments]) == 0
-    )
-    assert (
-        main(["quantize", str(checkpoints("llama")), str(tmp_path / "y"), "--bits", "1.5", *arguments]) == 2
-    )
-    assert "An average of 1.5 bits a weight is asked for" in capsys.readouterr().err
+    source, other = str(checkpoints("llama")), str(tmp_path / "other")
+    for average in ("1.5", "nan"):
+        assert main(["quantize", source, other, "--bits", average, *arguments]) == 2
+        assert f"An average of {average} bits a weight is asked for" in capsys.readouterr().err
+    assert main(["quantize", source, other, "--bits", "inf", *arguments]) == 0
+    assert {x.bits for x in inspect_checkpoint(other).layers} == {4}
