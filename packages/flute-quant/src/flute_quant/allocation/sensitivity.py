@@ -16,6 +16,8 @@ __all__ = ["measured_divergences"]
 
 # Six sequences of random tokens: of each unit one number is wanted, not one for every channel.
 _LENGTH = 128
+# Tokens that run through the model at once: their logits over a vocabulary of 128,000 take 524 MB.
+_BATCH_TOKENS = 1024
 # Rows of logits turned into probabilities at once.
 _ROWS = 256
 
@@ -46,10 +48,9 @@ def measured_divergences(
     if tokens is None:
         tokens = random_tokens_for(model, _LENGTH)
     device = next(model.parameters()).device
-    batches = [sequence[None].to(device) for sequence in tokens]
+    batches = tokens.to(device).split(max(1, _BATCH_TOKENS // tokens.shape[1]))
     divergences = []
     with evaluating(model), ordinary_tensors():
-        # Beside the model: 768 tokens of a vocabulary of 128,000 are 393 MB.
         before = [_log_probabilities(model, batch) for batch in batches]
         if not all(bool(torch.isfinite(p).all()) for p in before):
             raise QuantizationError(
@@ -87,9 +88,9 @@ class _replaced:
 
 
 def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
-    """``[L, vocabulary]`` of one sequence."""
-    logits: Tensor = model(input_ids=batch, use_cache=False).logits[0]
-    return logits.float().log_softmax(1)
+    """Float32 ``[S * L, vocabulary]`` of ``[S, L]`` tokens."""
+    logits: Tensor = model(input_ids=batch, use_cache=False).logits
+    return logits.float().flatten(0, 1).log_softmax(1)
 
 
 def _divergence(before: Tensor, after: Tensor) -> float:
