@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     p.add_argument(
         "--bits",
         type=float,
-        default=4,
+        default=4.0,
         help="bits per weight: 2, 3 or 4 (default 4), or an average with scales and tables, such as 3.25, "
         "for which every layer gets its own",
     )
