@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ SENSITIVITIES = ("kl", "error")
 """``kl``: the change of the model's predictions on random tokens, measured for each unit, the model being in
 memory. ``error``: each unit's error relative to its weights, which needs no pass and one weight at a time."""
 
+# Measured on SmolLM2-135M: from here on the loss of a layer grows as its error does.
+_LEAST_LINEAR_BITS = 3
 # More than any choice takes; an infinite average is one, too.
 _MOST_BITS = 64
 
@@ -234,12 +237,12 @@ class _Task:
                 f"An average of {average_bits:g} bits a weight is asked for; with scales and tables the "
                 f"cheapest of {len(offered)} choices take {least / weights:.4f}."
             )
-        reference = self._reference(average_bits, offered)
-        errors = self._errors(units, options, reference)
-        scale = self._scales(units, errors, reference, sensitivity, model, tokens)
+        references = self._references(offered)
+        errors = self._errors(units, options, references)
+        scales = self._scales(units, errors, references, sensitivity, model, tokens)
         tables = [
-            [(self._cost(unit, s), found[s] * factor) for s in option]
-            for unit, option, found, factor in zip(units, options, errors, scale, strict=True)
+            [(self._cost(unit, s), found[s] * scale[_measured(references, s)]) for s in option]
+            for unit, option, found, scale in zip(units, options, errors, scales, strict=True)
         ]
         picked = least_loss(tables, int(min(average_bits, _MOST_BITS) * weights))
         specs: dict[str, QuantSpec] = {}
@@ -271,43 +274,53 @@ class _Task:
             for p, spec in zip(unit, specs, strict=True)
         )
 
-    def _reference(self, average_bits: float, offered: Sequence[QuantSpec]) -> QuantSpec:
-        """The choice that units are measured under: of the average's whole bits, in groups as in the spec."""
+    def _references(self, offered: Sequence[QuantSpec]) -> dict[int, QuantSpec]:
+        """Bits to the choice of so many bits that units are measured under, in groups about as in the spec.
+
+        Losses do not grow as errors do where these are large, so that 2 bits are measured by themselves;
+        from 3 bits on the loss under one number of bits tells that under another.
+        """
+        all_bits = sorted({spec.bits for spec in offered})
+        measured = [b for b in all_bits if b <= _LEAST_LINEAR_BITS] or all_bits[:1]
         group = self.plan.spec.group_size
-        return min(
-            offered,
-            key=lambda s: (abs(s.bits - int(average_bits)), abs(s.group_size - group), -s.vector_size),
-        )
+        return {
+            bits: min(
+                (spec for spec in offered if spec.bits == bits),
+                key=lambda s: (abs(s.group_size - group), -s.vector_size),
+            )
+            for bits in measured
+        }
 
     def _errors(
         self,
         units: list[tuple[PlannedLinear, ...]],
         options: list[list[tuple[QuantSpec, ...]]],
-        reference: QuantSpec,
-    ) -> list[dict[tuple[QuantSpec, ...] | None, float]]:
-        """Of every unit, the sums of its modules' errors by option; under None, those of the reference.
+        references: dict[int, QuantSpec],
+    ) -> list[dict[tuple[QuantSpec, ...] | int, float]]:
+        """Of every unit, the sums of its modules' errors by option, and by the bits of each reference.
 
         Errors are in units of the modules' own energy, weighted with the importance of channels: siblings see
         one input, so that theirs add up to the error of what the unit computes.
         """
         result = []
         for done, (unit, option) in enumerate(zip(units, options, strict=True), 1):
-            totals: dict[tuple[QuantSpec, ...] | None, float] = dict.fromkeys([*option, None], 0.0)
+            totals: dict[tuple[QuantSpec, ...] | int, float] = dict.fromkeys([*option, *references], 0.0)
             energy = 0.0
             for at, p in enumerate(unit):
-                own = fit_spec(reference, p.in_features)[0]
+                own = {bits: fit_spec(spec, p.in_features)[0] for bits, spec in references.items()}
                 weight = self.read(p.name)
                 found = sampled_errors(
                     weight,
-                    dict.fromkeys([own, *(specs[at] for specs in option)]),
+                    dict.fromkeys([*own.values(), *(specs[at] for specs in option)]),
                     self.method,
                     self.importance.of(p.name, weight, p.spec),
                     name=f"{p.name}.weight",
                     scale_dtype=self.scale_dtype,
                 )
-                error, relative = found[own]
+                error, relative = next(iter(found.values()))
                 energy += error / relative if relative else 0.0
-                totals[None] += error
+                for bits, spec in own.items():
+                    totals[bits] += found[spec][0]
                 for specs in option:
                     totals[specs] += found[specs[at]][0]
             result.append({key: total / energy if energy else 0.0 for key, total in totals.items()})
@@ -317,46 +330,56 @@ class _Task:
     def _scales(
         self,
         units: list[tuple[PlannedLinear, ...]],
-        errors: list[dict[tuple[QuantSpec, ...] | None, float]],
-        reference: QuantSpec,
+        errors: list[dict[tuple[QuantSpec, ...] | int, float]],
+        references: dict[int, QuantSpec],
         sensitivity: str,
         model: Any,
         tokens: Tensor | None,
-    ) -> list[float]:
-        """Loss for each unit's error of 1."""
+    ) -> list[dict[int, float]]:
+        """Loss for an error of 1, of each unit under each reference."""
         if sensitivity == "error":
-            return [float(len(unit)) for unit in units]
-        specs = {p.name: fit_spec(reference, p.in_features)[0] for unit in units for p in unit}
+            return [dict.fromkeys(references, float(len(unit))) for unit in units]
+        names = [tuple(p.name for p in unit) for unit in units]
         known = dict(model.named_modules())
-        missing = [name for name in specs if name not in known]
+        missing = [name for unit in names for name in unit if name not in known]
         if missing:
             raise QuantizationError(
                 f"{missing[0]} and {len(missing) - 1} more are matrices of experts that the model merges, so "
                 "that their part in its predictions is not measured; sensitivity 'error' serves them, too."
             )
-
-        def quantized(name: str) -> Tensor:
-            weight, spec = self.read(name), specs[name]
-            linear, _ = quantize_tensor(
-                weight,
-                spec,
-                method=self.method,
-                name=f"{name}.weight",
-                scale_dtype=self.scale_dtype,
-                importance=self.importance.of(name, weight, spec),
+        scales: list[dict[int, float]] = [{} for _ in units]
+        for bits, reference in references.items():
+            divergences = measured_divergences(
+                model,
+                names,
+                partial(self._with_errors, reference),
+                tokens,
+                progress=partial(self.progress, f"sensitivity of layers with {bits} bits"),
             )
-            found = linear.dequantize()
-            return unrotate(found, spec.hadamard, spec.hadamard_seed) if spec.hadamard else found
+            for scale, found, divergence in zip(scales, errors, divergences, strict=True):
+                # A unit of zeros has no error under any choice, and no loss.
+                scale[bits] = divergence / found[bits] if found[bits] else 0.0
+        return scales
 
-        divergences = measured_divergences(
-            model,
-            [tuple(p.name for p in unit) for unit in units],
-            quantized,
-            tokens,
-            progress=lambda done, total: self.progress("sensitivity of layers", done, total),
+    def _with_errors(self, wanted: QuantSpec, name: str) -> Tensor:
+        """The weight of a module as it is after quantizing, in the basis of the model."""
+        weight = self.read(name)
+        spec, _ = fit_spec(wanted, weight.shape[1])
+        linear, _ = quantize_tensor(
+            weight,
+            spec,
+            method=self.method,
+            name=f"{name}.weight",
+            scale_dtype=self.scale_dtype,
+            importance=self.importance.of(name, weight, spec),
         )
-        # A unit of zeros has no error under any choice, and no loss.
-        return [d / e[None] if e[None] else 0.0 for d, e in zip(divergences, errors, strict=True)]
+        found = linear.dequantize()
+        return unrotate(found, spec.hadamard, spec.hadamard_seed) if spec.hadamard else found
+
+
+def _measured(references: dict[int, QuantSpec], specs: tuple[QuantSpec, ...]) -> int:
+    """The bits of the reference that an option's loss is told from: its own, or the nearest."""
+    return min(references, key=lambda bits: abs(bits - specs[0].bits))
 
 
 def _silent(what: str, done: int, total: int) -> None:
