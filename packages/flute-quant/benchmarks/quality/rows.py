@@ -136,7 +136,15 @@ class Workshop:
         if row.is_allocated:
             from flute_quant.allocation import allocate_model
 
-            allocation = allocate_model(model, row.bits, spec, method=row.method, importance=row.importance)
+            tokens = arguments.pop("calibration", None)
+            allocation = allocate_model(
+                model,
+                row.bits,
+                spec,
+                method=row.method,
+                importance=row.importance,
+                tokens=None if tokens is None else tokens[:2],
+            )
             arguments["overrides"] = allocation.overrides
         linears, report = quantize_model(
             model, spec, method=row.method, importance=row.importance, **arguments

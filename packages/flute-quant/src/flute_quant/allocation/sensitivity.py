@@ -32,7 +32,8 @@ def measured_divergences(
 ) -> list[float]:
     """KL(model || model with one unit quantized) in nats a token, for every unit.
 
-    A pass through the whole model for each of them. The model is as it was afterwards.
+    A pass through the whole model for each of them. The model is as it was afterwards; meanwhile the weights
+    of one unit are held twice.
 
     Args:
         model: a causal language model of Transformers, in memory.

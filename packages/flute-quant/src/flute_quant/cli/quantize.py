@@ -19,8 +19,9 @@ from flute_quant.checkpoint.quantize import (
 )
 from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.cli.progress import ProgressView
-from flute_quant.cli.text import counted, duration, size
+from flute_quant.cli.text import counted, duration, read_text, size
 from flute_quant.codebooks import load_table
+from flute_quant.evaluation import load_tokenizer, text_windows
 from flute_quant.importance import IMPORTANCE_OPTIONS, load_importance
 from flute_quant.methods import ALIASES, method_names, methods, table_method
 from flute_quant.patterns import Override, parse_override
@@ -63,6 +64,12 @@ def add_parser(commands: Any) -> None:
         type=int,
         default=64,
         help="weights that share a scale: 32, 64, 128, 256, -1 for a row (default 64)",
+    )
+    p.add_argument(
+        "--sensitivity-text",
+        type=Path,
+        metavar="FILE",
+        help="measure kl on 6 windows of 128 tokens of this UTF-8 text instead of random tokens",
     )
     p.add_argument("--vector-size", type=int, default=1, help="weights that share a code: 1 or 2 (default 1)")
     p.add_argument(
@@ -197,6 +204,10 @@ def _allocated(
 ) -> tuple[Override, ...]:
     """The overrides that give every layer its bits."""
     given = {name: value for name, value in choices.items() if name != "dtype"}
+    if options.sensitivity_text is not None:
+        text = read_text(options.sensitivity_text)
+        windows = text_windows(load_tokenizer(options.src), text, count=6, length=128)
+        given["tokens"] = windows.tokens
     with ProgressView("reading") as view:
         allocation = allocate_checkpoint(
             options.src,
