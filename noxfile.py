@@ -285,7 +285,7 @@ def quality(session: nox.Session) -> None:
     texts = [str(scratch / "enwiki.txt")]
     if (scratch / "handbook.txt").exists():
         texts += ["--calibration", str(scratch / "handbook.txt")]
-    record = "benchmarks/results/quality-smollm2-135m.json"
+    record = "benchmarks/results/quality-grid-smollm2-135m.json"
     model = real_model(session)
     run(session, "python", f"{folder}/run.py", model, *texts, *peers, "--output", record, *session.posargs)
     run(session, "python", f"{folder}/report.py", record, "docs/quality.md", "docs/quality.png")

@@ -160,6 +160,43 @@ def test_sensitivity_is_the_divergence_with_one_unit_changed(checkpoints: Checkp
     assert 0 < min(found[:2]) < found[2]
 
 
+def test_losses_of_units_add_up_to_that_of_the_whole(checkpoints: Checkpoints) -> None:
+    """Enough bits for the better of two choices everywhere: what is promised is what is then measured."""
+    model = load(checkpoints("llama-fp32"))
+    choices = [QuantSpec(2, 32), QuantSpec(2, -1)]
+    found = allocate_model(model, 9, QuantSpec(2, 32), method="lloyd", choices=choices)
+    assert set(found.specs.values()) == {choices[0]}
+    linears, _ = quantize_model(model, QuantSpec(2, 32), method="lloyd", overrides=found.overrides)
+    whole = measured_divergences(model, [tuple(linears)], lambda name: linears[name].dequantize())
+    alone = measured_divergences(model, [(name,) for name in linears], lambda n: linears[n].dequantize())
+    assert sum(found.losses.values()) == pytest.approx(whole[0], rel=1e-3)
+    assert sum(alone) != pytest.approx(whole[0], rel=0.05)
+
+
+def test_the_command_measures_on_a_text(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text(" ".join(f"w{i % 90}" for i in range(300)))
+    arguments = [
+        "quantize",
+        str(checkpoints("llama")),
+        "--group-size",
+        "32",
+        "--method",
+        "lloyd",
+        "--bits",
+        "3.3",
+    ]
+    said = []
+    for options in ([], ["--sensitivity-text", str(tmp_path / "text")]):
+        assert main([*arguments[:2], str(tmp_path / f"out{len(options)}"), *arguments[2:], *options]) == 0
+        said.append(capsys.readouterr().out)
+    assert all("Allocated 3." in words for words in said)
+    missing = ["--sensitivity-text", str(tmp_path / "nowhere")]
+    assert main([*arguments[:2], str(tmp_path / "other"), *arguments[2:], *missing]) == 2
+    assert "nowhere: No such file" in capsys.readouterr().err
+
+
 def test_what_an_override_says_is_no_choice(checkpoints: Checkpoints) -> None:
     model = load(checkpoints("llama-fp32"))
     fixed = Override.of("layers.0.mlp.down_proj", bits=4, group_size=-1)
