@@ -144,7 +144,7 @@ def bars(lines: dict[str, Line]) -> str:
         )
         kept = "kept" if kl <= bar["most"] * other else "missed"
         bits = f"{ours.mean('bits_per_weight'):.3f} and {theirs.mean('bits_per_weight'):.3f} bits"
-        found.append(f"{words} {kl / other:.2f}, at {bits} ({len(seeds)} orders) | {kept} |")
+        found.append(f"{words} {kl / other:.2f}, at {bits} (orders: {len(seeds)}) | {kept} |")
     return "\n".join(found)
 
 
