@@ -1,4 +1,4 @@
-"""The table of pairs with the least squared error on a Gaussian that is known to us."""
+"""The table of pairs with the least squared error on a Gaussian that annealing found."""
 
 from __future__ import annotations
 
