@@ -301,6 +301,35 @@ def sanitize(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def quality(session: nox.Session) -> None:
+    """Quantize the small real model in every way, beside peers, and write the tables of docs/quality.md.
+
+    What the record has already is not run again. Arguments are those of the grid's ``run.py``: ``-- --device
+    cuda``, ``-- --rows 'default*' --seeds 0``.
+    """
+    install(session, "matplotlib", "-r", "examples/requirements.txt")
+    folder, scratch = "packages/flute-quant/benchmarks/quality", ROOT / ".nox/quality"
+    peers: list[str] = []
+    for name, scripts in {
+        "data-free": ("bitsandbytes_nf4", "hqq_affine"),
+        "gptq": ("gptq_llmcompressor",),
+    }.items():
+        python = scratch / name / "bin/python"
+        session.run(sys.executable, "-m", "virtualenv", "--quiet", str(scratch / name), external=True)
+        wanted = f"{folder}/peers/{name}.txt"
+        session.run(str(python), "-m", "pip", "install", "--quiet", "-r", wanted, external=True)
+        peers += chain.from_iterable(("--peer", f"{script}={python}") for script in scripts)
+    run(session, "python", f"{folder}/corpora.py", str(scratch))
+    texts = [str(scratch / "enwiki.txt")]
+    if (scratch / "handbook.txt").exists():
+        texts += ["--calibration", str(scratch / "handbook.txt")]
+    record = "benchmarks/results/quality-grid-smollm2-135m.json"
+    model = real_model(session)
+    run(session, "python", f"{folder}/run.py", model, *texts, *peers, "--output", record, *session.posargs)
+    run(session, "python", f"{folder}/report.py", record, "docs/quality.md", "docs/quality.png")
+
+
+@nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Measure: ``nox -s bench -- cpu`` for CPU kernels and whole models, ``-- gpu`` or ``-- gpu-experts``."""
     what, *rest = session.posargs or ["cpu"]

@@ -232,3 +232,25 @@ def test_a_rotated_weight_rotates_its_input(block: int, dtype: torch.dtype) -> N
 def test_a_rotated_weight_gives_back_what_is_stored() -> None:
     layer = random_layer(QuantSpec(group_size=32, hadamard=32), N, K)
     assert torch.equal(layer.weight.to_linear().codes(), layer.codes.to(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_input_rotated_once_serves_all_weights_with_that_rotation(dtype: torch.dtype) -> None:
+    spec = QuantSpec(group_size=32, hadamard=32, hadamard_seed=11)
+    weights = [random_layer(spec, rows, K).weight for rows in (48, 16)]
+    x, bias = torch.randn(5, K).to(dtype), torch.randn(16)
+    once = weights[0].rotate(x)
+    assert torch.equal(weights[0].linear_rotated(once), weights[0].linear(x))
+    assert torch.equal(weights[1].linear_rotated(once, bias), weights[1].linear(x, bias))
+
+
+def test_without_a_rotation_the_input_is_what_it_was(layer: Layer) -> None:
+    x = torch.randn(5, K)
+    assert layer.weight.rotate(x) is x
+    assert torch.equal(layer.weight.linear_rotated(x), layer.weight.linear(x))
+
+
+def test_an_input_of_another_width_is_not_rotated() -> None:
+    weight = random_layer(QuantSpec(group_size=32, hadamard=32), N, K).weight
+    with refusal(FormatError, "[2, 64]", K):
+        weight.rotate(torch.zeros(2, 64))

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from flute_kernels import QuantSpec
 from flute_quant import (
+    CheckpointError,
     QuantizationError,
     compare_checkpoints,
     inspect_checkpoint,
@@ -245,11 +246,64 @@ def test_compare_on_the_command_line(
     ]
     code, out, _ = run(capsys, *arguments)
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["perplexity", "KL", "same"]
+    assert [line.split()[0] for line in out.splitlines()] == ["perplexity", "KL", "same", "error", "size"]
+    assert "62 predictions in 2 windows of 32 tokens, no BOS" in out
+    assert f"{inspect_checkpoint(tmp_path / 'out').bits_per_weight:.3f} bits a quantized weight" in out
     code, out, _ = run(capsys, *arguments, "--json")
     assert json.loads(out)["windows"] == 2
+    code, words, _ = run(capsys, *arguments, "--json", tmp_path / "compared.json")
+    assert words.startswith("perplexity")
+    assert json.loads((tmp_path / "compared.json").read_text()) == json.loads(out)
     with pytest.raises(QuantizationError, match="The text has 300 tokens; one window needs 512"):
         compare_checkpoints(source, tmp_path / "out", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"), [("llama", QuantSpec(3, 32)), ("llama-sharded", QuantSpec(4, 32, 2, hadamard=32))]
+)
+def test_the_errors_of_layers_are_those_that_quantizing_noted(
+    checkpoints: Checkpoints, tmp_path: Path, text: str, name: str, spec: QuantSpec
+) -> None:
+    """A rotation is undone before weights are compared; it changes no error."""
+    report = quantize_checkpoint(checkpoints(name), tmp_path / "out", spec, method="higgs")
+    found = compare_checkpoints(checkpoints(name), tmp_path / "out", text, windows=1, length=16)
+    assert found.layers == pytest.approx(report.errors, rel=1e-4)
+    assert found.bits_per_weight == pytest.approx(report.bits_per_weight)
+
+
+def test_folders_of_different_models_are_not_compared(
+    checkpoints: Checkpoints, tmp_path: Path, text: str
+) -> None:
+    quantize_checkpoint(checkpoints("odd-k"), tmp_path / "out", QuantSpec(4, 32))
+    other = transformers.LlamaConfig.from_pretrained(checkpoints("llama"), hidden_size=32, head_dim=8)
+    transformers.LlamaForCausalLM(other).save_pretrained(tmp_path / "other")
+    for file in checkpoints("llama").glob("tokenizer*"):
+        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(CheckpointError, match=r"is \[96, 32\] in .* and stands for \[100, 64\]"):
+        compare_checkpoints(tmp_path / "other", tmp_path / "out", text, length=16)
+
+
+def test_a_text_that_is_not_utf8_is_refused(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_bytes(b"abc\xff")
+    code, _, err = run(capsys, "compare", tmp_path, tmp_path, "--text", tmp_path / "text")
+    assert (code, err) == (2, f"flute-quant: {tmp_path / 'text'} is not UTF-8 at byte 3.\n")
+
+
+def test_higgs_is_rotated_unless_it_is_told_not_to_be(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def made(*options: str) -> list[tuple[int, int]]:
+        out = tmp_path / "-".join(options).replace(",", "")
+        assert run(capsys, "quantize", checkpoints("llama"), out, "--vector-size", "2", *options)[0] == 0
+        layers = {x.name.rpartition(".")[2]: x for x in inspect_checkpoint(out).layers}
+        return [(layers[n].hadamard, layers[n].vector_size) for n in ("q_proj", "down_proj")]
+
+    assert made("--method", "higgs") == [(64, 2), (32, 2)]  # K = 64 and 96
+    assert made("--method", "higgs", "--hadamard", "0") == [(0, 2), (0, 2)]
+    assert made("--method", "lloyd-pairs") == [(0, 2), (0, 2)]
+    assert made("--method", "lloyd-pairs", "--hadamard", "auto") == [(64, 2), (32, 2)]
 
 
 def test_a_reader_that_has_seen_enough_gets_no_traceback(checkpoints: Checkpoints, tmp_path: Path) -> None:

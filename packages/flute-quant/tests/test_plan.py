@@ -10,6 +10,7 @@ from torch import nn
 from flute_kernels import QuantSpec
 from flute_quant import Override, QuantizationError, plan_modules, quantize_model
 from flute_quant.patterns import has_part, matches, parse_override
+from flute_quant.siblings import sibling_groups
 
 
 class Block(nn.Module):
@@ -116,6 +117,39 @@ def test_overrides_apply_in_order() -> None:
     specs = {p.name: p.spec for p in plan_modules(Model(), QuantSpec(), overrides=overrides).linears}
     assert specs["layers.0.q_proj"] == QuantSpec(3, 64)
     assert specs["layers.0.down_proj"] == QuantSpec(2, 32)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(96, n, bias=False) for n in (96, 32, 32))
+        self.o_proj = nn.Linear(96, 96, bias=False)
+
+
+def test_siblings_are_modules_of_one_parent_that_see_one_input() -> None:
+    names = ["a.q_proj", "a.o_proj", "b.q_proj", "a.k_proj", "m.up_proj", "a.v_proj", "m.gate_proj", "e.3.w1"]
+    assert sibling_groups([*names, "e.3.w3", "e.2.w3"]) == [
+        ("a.q_proj", "a.k_proj", "a.v_proj"),
+        ("a.o_proj",),
+        ("b.q_proj",),
+        ("m.up_proj", "m.gate_proj"),
+        ("e.3.w1", "e.3.w3"),
+        ("e.2.w3",),
+    ]
+
+
+def test_siblings_share_a_rotation() -> None:
+    model = nn.Sequential(Attention())
+    plan = plan_modules(model, QuantSpec(4, 32, hadamard=1024, hadamard_seed=7))
+    assert {(p.spec.hadamard, p.spec.hadamard_seed) for p in plan.linears} == {(32, 7)}
+    different = Override.of("k_proj", hadamard_seed=8)
+    said = r"0\.q_proj would be rotated .* \(32, 7\) and 0\.k_proj with \(32, 8\)"
+    with pytest.raises(QuantizationError, match=said):
+        plan_modules(model, QuantSpec(4, 32, hadamard=1024, hadamard_seed=7), overrides=[different])
+    # An o_proj has its own input, and a sibling in 16 bits has no rotation to differ in.
+    plan_modules(
+        model, QuantSpec(4, 32, hadamard=32), overrides=[Override.of("o_proj", hadamard=0)], ignore=["k_proj"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,16 @@ from torch import Tensor, nn
 from flute_kernels import FormatError, LutWeight, QuantizedLinear, QuantSpec, UnsupportedError
 from flute_kernels.format import TENSOR_NAMES
 
-__all__ = ["FluteLinear"]
+__all__ = ["FluteLinear", "SharedInput"]
 
 _STORED = TENSOR_NAMES[:3]
+
+
+class SharedInput(Protocol):
+    """Who rotates the input of a layer together with that of others: see ``flute_hf.rotation``."""
+
+    def rotated(self, x: Tensor, layer: nn.Module, weight: LutWeight) -> Tensor:
+        """``weight.rotate(x)``, perhaps as another layer got it already."""
 
 
 class FluteLinear(nn.Module):
@@ -41,6 +48,7 @@ class FluteLinear(nn.Module):
     Attributes:
         dtype: what the weight would have if it were not quantized, as the model around it has. It follows
             conversions, and is what :meth:`dequantize` gives; computing is done in the dtype of the input.
+        shared_input: rotates the input where other layers see it, too; None where the layer does it alone.
 
     Raises:
         FormatError: the format has no place for such a K.
@@ -68,6 +76,7 @@ class FluteLinear(nn.Module):
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
         self._weight: LutWeight | None = None
+        self.shared_input: SharedInput | None = None
 
     @classmethod
     def from_quantized(cls, linear: QuantizedLinear, dtype: torch.dtype | None = None) -> FluteLinear:
@@ -112,6 +121,9 @@ class FluteLinear(nn.Module):
         weight = self._weight
         if weight is None:
             weight = self.prepare()
+        shared = self.shared_input
+        if shared is not None:
+            return weight.linear_rotated(shared.rotated(x, self, weight), self._parameters["bias"])
         return weight.linear(x, self._parameters["bias"])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

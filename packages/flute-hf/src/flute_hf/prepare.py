@@ -12,6 +12,7 @@ from flute_hf.linear import FluteLinear
 from flute_hf.modules import Replacer, flute_linears
 from flute_hf.quantization import QuantizationError, importance_in_memory, plan, quantize, stored_config
 from flute_hf.quantizer import attach, report_importance, report_plan
+from flute_hf.rotation import share_rotations
 from flute_kernels import QuantizationConfig, QuantSpec
 
 __all__ = ["prepare_model"]
@@ -80,6 +81,7 @@ def prepare_model(
         layer = FluteLinear.in_place_of(linear, quantized)
         layer.prepare()
         replacer.replace(linear, layer.dequantize() if fake else layer)
+    share_rotations(module)
     config = stored_config(made, wanted)
     if isinstance(module, PreTrainedModel) and not fake:
         attach(module, asked.like(config))

@@ -22,6 +22,7 @@ from flute_hf.quantization import (
     quantize,
     stored_config,
 )
+from flute_hf.rotation import share_rotations
 from flute_hf.size import count_quantized, stop_counting
 from flute_hf.stored import StoredModel
 from flute_kernels import ACTIVATION_DTYPES, FluteError, FormatError, QuantSpec, UnsupportedError
@@ -141,6 +142,7 @@ class FluteQuantizer(HfQuantizer):  # type: ignore[misc]
             _unshield(module)
             _check_loaded(name, module, marked=() if moved else marked)
             module.prepare()
+        share_rotations(model)
         count_quantized(model)
         return model
 

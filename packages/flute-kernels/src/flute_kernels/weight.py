@@ -118,15 +118,32 @@ class LutWeight:
         Raises:
             FormatError, UnsupportedError: see :func:`flute_kernels.ops.qgemm`.
         """
+        if self._signs is not None:
+            x = self.rotate(x)
+        return self.linear_rotated(x, bias)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """``x`` in the basis of the codes, for :meth:`linear_rotated`; ``x`` itself without a rotation.
+
+        Weights that see the same input (q, k, v; gate, up) and have the same rotation need it once.
+
+        Raises:
+            FormatError, UnsupportedError: see :func:`flute_kernels.ops.qgemm`.
+        """
+        if self._signs is None:
+            return x
+        refuse_forward_mode(x, None)
+        check_qgemm(x, self._packed, None)
+        return ops.hadamard(x, self._signs, self.spec.hadamard)
+
+    def linear_rotated(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """As :meth:`linear`, for an ``x`` that :meth:`rotate` of a weight with the same rotation gave."""
         refuse_forward_mode(x, bias)
-        if self._signs is None and is_plain(x, bias):
+        if is_plain(x, bias):
             if self._is_cuda:
                 return cuda.plain_qgemm(self._handle, x, self._packed, bias)
             if x.is_cpu:
                 return cpu.plain_qgemm(self._handle, x, self._packed, bias)
-        if self._signs is not None:
-            check_qgemm(x, self._packed, bias)
-            x = ops.hadamard(x, self._signs, self.spec.hadamard)
         return ops.qgemm(x, *self._packed, bias)
 
     def linear_grouped(self, x: Tensor, counts: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ Three entries for three situations: :func:`quantize_tensor` for one weight, :fun
 for a torch module in memory, :func:`quantize_checkpoint` for a folder on disk.
 """
 
+from flute_quant.allocation import Allocation, allocate_checkpoint, allocate_model
 from flute_quant.checkpoint.compare import Comparison, compare_checkpoints, load_dequantized
+from flute_quant.checkpoint.harness import evaluate_checkpoint
 from flute_quant.checkpoint.inspect import Inspection, LayerInfo, inspect_checkpoint
 from flute_quant.checkpoint.layout import CheckpointPlan, Coverage
 from flute_quant.checkpoint.quantize import (
@@ -32,6 +34,7 @@ from flute_quant.tensor import ErrorStats, fit_spec, quantize_tensor
 __all__ = [
     "DEFAULT_IGNORE",
     "IMPORTANCE_OPTIONS",
+    "Allocation",
     "CheckpointError",
     "CheckpointPlan",
     "CheckpointReport",
@@ -47,9 +50,12 @@ __all__ = [
     "Progress",
     "QuantizationError",
     "QuantizationPlan",
+    "allocate_checkpoint",
+    "allocate_model",
     "column_importance",
     "compare_checkpoints",
     "estimate_seconds",
+    "evaluate_checkpoint",
     "fit_spec",
     "import_checkpoint",
     "importer_names",

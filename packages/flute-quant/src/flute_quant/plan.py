@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from flute_kernels import FormatError, QuantizationConfig, QuantSpec
 from flute_quant.errors import QuantizationError
 from flute_quant.patterns import Override, check_patterns, has_part, matches, spec_for
+from flute_quant.siblings import sibling_groups
 from flute_quant.tensor import fit_spec
 
 __all__ = ["DEFAULT_IGNORE", "PlannedLinear", "QuantizationPlan", "plan_modules"]
@@ -95,7 +96,7 @@ def plan_modules(
 
     Raises:
         QuantizationError: a pattern that matches nothing, an override that the format lacks, a tied
-            weight named by ``include``, or nothing left to quantize.
+            weight named by ``include``, different rotations of one input, or nothing left to quantize.
     """
     linears = {
         name: module
@@ -154,7 +155,23 @@ def plan_modules(
             f"{type(model).__name__} has {len(linears)} linear modules and none of them is to be quantized"
             + (f" ({reasons})." if reasons else "; other layer types, such as Conv1D, are not supported.")
         )
+    _check_rotations(planned)
     return QuantizationPlan(spec, tuple(planned), kept)
+
+
+def _check_rotations(planned: Sequence[PlannedLinear]) -> None:
+    """Siblings see one input, which is rotated once for all of them."""
+    by_name = {p.name: p.spec for p in planned}
+    for group in sibling_groups(list(by_name)):
+        rotations: dict[tuple[int, int], str] = {}
+        for name in group:
+            rotations.setdefault((by_name[name].hadamard, by_name[name].hadamard_seed), name)
+        if len(rotations) > 1:
+            (first, one), (second, other) = list(rotations.items())[:2]
+            raise QuantizationError(
+                f"{one} would be rotated with (block, seed) {first} and {other} with {second}; they see the "
+                "same input, so these must be the same."
+            )
 
 
 def _output_heads(model: nn.Module) -> list[nn.Module]:

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from flute_kernels.format import hadamard_signs
 
-__all__ = ["fwht", "rotate", "unrotate"]
+__all__ = ["AUTO_HADAMARD", "fwht", "rotate", "unrotate"]
+
+AUTO_HADAMARD = 1024
+"""The block that ``auto`` asks for; a layer takes the largest power of two up to it that divides its K.
+
+Beyond some hundred weights the sum of that many terms is as Gaussian as it gets, and larger blocks only
+forbid more ways of splitting K over the processes of tensor parallelism."""
 
 
 def fwht(values: Tensor, block: int) -> Tensor:

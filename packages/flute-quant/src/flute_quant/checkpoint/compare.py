@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,37 +10,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flute_quant.checkpoint.inspect import inspect_checkpoint
+from flute_quant.checkpoint.loading import load_model
 from flute_quant.checkpoint.quantized import QuantizedFolder
 from flute_quant.checkpoint.source import CheckpointFolder
 from flute_quant.checkpoint.structure import quiet_transformers
-from flute_quant.errors import CheckpointError, QuantizationError, one_line
+from flute_quant.errors import CheckpointError
+from flute_quant.evaluation import Distance, DistanceMeter, load_tokenizer, text_windows
 from flute_quant.rotation import unrotate
 
 __all__ = ["Comparison", "compare_checkpoints", "load_dequantized"]
 
-# Rows of logits turned into probabilities at once: 64 rows of 128,000 float32 are 33 MB.
-_ROWS = 64
+# Rows of a weight whose errors are summed at once: 1,024 rows of 8,192 float32 are 34 MB.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Two models on the same text.
+class Comparison(Distance):
+    """Two checkpoints, by their weights and by what they say on the same text.
 
     Args:
-        source_perplexity, quantized_perplexity: exp of the mean negative log likelihood of a token.
-        kl: mean Kullback-Leibler divergence of the quantized from the source distribution, in nats a token.
-        top1: fraction of positions with the same most likely token.
         windows, length: how many windows of how many tokens.
-        tokens: predictions that were compared.
+        bos: what each window begins with, in words.
+        bits_per_weight: of the quantized weights, with scales and tables.
+        layers: quantized module to the squared error of its weight relative to the weight's energy; modules
+            whose weight the source stores under another name are missing.
     """
 
-    source_perplexity: float
-    quantized_perplexity: float
-    kl: float
-    top1: float
     windows: int
     length: int
-    tokens: int
+    bos: str
+    bits_per_weight: float
+    layers: dict[str, float]
 
 
 def load_dequantized(path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -62,12 +62,8 @@ def load_dequantized(path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -
             value = quantized.read(name)
             state[name] = value.to(dtype) if value.is_floating_point() else value
     for module in quantized.modules:
-        linear = quantized.linear(module)
-        weight = linear.dequantize()
-        if linear.spec.hadamard:
-            weight = unrotate(weight, linear.spec.hadamard, linear.spec.hadamard_seed)
-        state[f"{module}.weight"] = weight.to(dtype)
-    return _load(quantized.folder, dtype, state)
+        state[f"{module}.weight"] = _weight(quantized, module).to(dtype)
+    return load_model(quantized.folder, dtype, state)
 
 
 def compare_checkpoints(
@@ -77,107 +73,80 @@ def compare_checkpoints(
     *,
     windows: int = 16,
     length: int = 512,
+    bos: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Perplexities, KL divergence and top-1 agreement on evenly spaced windows of a text.
+    """Perplexities, KL divergence and top-1 agreement on windows of a text, and the errors of weights.
 
-    Both models are in memory in ``dtype``.
+    The windows are evenly spaced. Both models are in memory in ``dtype``; errors of weights are taken
+    before that, one weight at a time.
 
     Args:
         src: the source folder; its tokenizer is used.
         dst: the quantized folder.
         text: at least ``length`` tokens.
         windows: how many; they overlap where the text is short.
-        length: tokens of each.
+        length: tokens of each, which is the context that the models see.
+        bos: whether windows begin with the beginning-of-text token, one of
+            :data:`~flute_quant.evaluation.BOS_POLICIES`.
+        dtype, device: of both models.
         progress: called with windows done and in all.
 
     Raises:
         QuantizationError: the text is too short, or a number is not positive.
         CheckpointError, FormatError: a folder cannot be read.
     """
-    if windows < 1 or length < 2:
-        raise QuantizationError(f"windows is {windows} and length {length}; expected at least 1 and 2.")
     source_folder = CheckpointFolder.open(src)
-    tokens = _tokenize(Path(src), text)
-    if len(tokens) < length:
-        raise QuantizationError(f"The text has {len(tokens)} tokens; one window needs {length}.")
+    with quiet_transformers():
+        chosen = text_windows(load_tokenizer(Path(src)), text, count=windows, length=length, bos=bos)
+    inspection = inspect_checkpoint(dst)
+    layers = _layer_errors(source_folder, QuantizedFolder.open(dst))
     quantized = load_dequantized(dst, dtype=dtype).to(device).eval()
-    source = _load(source_folder, dtype, None).to(device).eval()
-    last = len(tokens) - length
-    starts = [round(i * last / max(windows - 1, 1)) for i in range(windows)]
-    sums = torch.zeros(4, dtype=torch.float64)
+    source = load_model(source_folder, dtype, None).to(device).eval()
+    meter = DistanceMeter()
     with torch.inference_mode():
-        for done, start in enumerate(starts, 1):
-            window = tokens[start : start + length].to(device)[None]
-            sums += _window(source(window).logits[0], quantized(window).logits[0], window[0])
+        for done, window in enumerate(chosen.tokens.to(device), 1):
+            meter.add(source(window[None]).logits[0], quantized(window[None]).logits[0], window)
             if progress is not None:
                 progress(done, windows)
-    count = windows * (length - 1)
-    nll_source, nll_quantized, kl, same = (float(s) / count for s in sums)
-    return Comparison(math.exp(nll_source), math.exp(nll_quantized), kl, same, windows, length, count)
+    return Comparison(
+        **vars(meter.result()),
+        windows=windows,
+        length=length,
+        bos=chosen.bos,
+        bits_per_weight=inspection.bits_per_weight,
+        layers=layers,
+    )
 
 
-def _window(source: Tensor, quantized: Tensor, tokens: Tensor) -> Tensor:
-    """Sums over a window's predictions: both negative log likelihoods, divergence, agreement."""
-    total = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(tokens) - 1, _ROWS):
-        stop = min(start + _ROWS, len(tokens) - 1)
-        p, q = (x[start:stop].float().log_softmax(1) for x in (source, quantized))
-        target = tokens[start + 1 : stop + 1, None]
-        total += (
-            torch.stack(
-                [
-                    -p.gather(1, target).sum(),
-                    -q.gather(1, target).sum(),
-                    (p.exp() * (p - q)).sum(),
-                    (p.argmax(1) == q.argmax(1)).sum(),
-                ]
-            )
-            .double()
-            .cpu()
-        )
-    return total
-
-
-def _tokenize(folder: Path, text: str) -> Tensor:
-    with quiet_transformers():
-        import transformers
-
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-            # As text for a model, not as a chat; a beginning-of-text token belongs to the first window only.
-            ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-        except Exception as error:  # a third party's parsers on files that nobody vouches for
+def _layer_errors(source: CheckpointFolder, quantized: QuantizedFolder) -> dict[str, float]:
+    errors = {}
+    for module in quantized.modules:
+        name = f"{module}.weight"
+        if name not in source.location:
+            continue
+        weight = source.files[source.location[name]].read(name)
+        found = _weight(quantized, module)
+        if found.shape != weight.shape:
             raise CheckpointError(
-                f"{folder} has no tokenizer that Transformers can load: {one_line(error)}"
-            ) from None
-    result: Tensor = ids
-    return result
-
-
-def _load(folder: CheckpointFolder, dtype: torch.dtype, state: dict[str, Tensor] | None) -> Any:
-    """A model with Transformers' own loading rules, from its folder or from tensors in memory."""
-    with quiet_transformers():
-        import transformers
-
-        plain = {k: v for k, v in folder.config.items() if k not in ("quantization_config", "auto_map")}
-        named = plain.get("architectures")
-        name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-        kind: Any = getattr(transformers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            kind = transformers.AutoModelForCausalLM
-        try:
-            config = transformers.AutoConfig.for_model(plain.pop("model_type", None), **plain)
-            where = str(folder.path) if state is None else None
-            return kind.from_pretrained(
-                where,
-                config=config,
-                state_dict=state,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=True,
+                f"{name} is {list(weight.shape)} in {source.path} and stands for {list(found.shape)} in "
+                f"{quantized.folder.path}; expected a folder and what was made of it."
             )
-        except Exception as error:
-            raise CheckpointError(f"Transformers cannot load {folder.path}: {one_line(error)}") from None
+        error = energy = 0.0
+        for start in range(0, len(weight), _ROWS):
+            rows = weight[start : start + _ROWS].double()
+            error += float((found[start : start + _ROWS] - rows).square().sum())
+            energy += float(rows.square().sum())
+        errors[module] = error / energy if energy else 0.0
+    return errors
+
+
+def _weight(quantized: QuantizedFolder, module: str) -> Tensor:
+    """Float32 ``[N, K]`` in the basis of the source."""
+    linear = quantized.linear(module)
+    weight = linear.dequantize()
+    if linear.spec.hadamard:
+        weight = unrotate(weight, linear.spec.hadamard, linear.spec.hadamard_seed)
+    return weight

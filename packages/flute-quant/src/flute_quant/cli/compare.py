@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flute_quant.cli.progress import ProgressView
-from flute_quant.errors import QuantizationError
+from flute_quant.cli.text import counted, read_text, write_json
+from flute_quant.evaluation import BOS_POLICIES
+
+if TYPE_CHECKING:
+    from flute_quant.checkpoint.compare import Comparison
 
 __all__ = ["add_parser"]
 
@@ -26,19 +29,22 @@ def add_parser(commands: Any) -> None:
     p.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8 text")
     p.add_argument("--windows", type=int, default=16, metavar="N", help="evenly spaced windows (default 16)")
     p.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a window (default 512)")
+    p.add_argument(
+        "--bos",
+        default="auto",
+        choices=BOS_POLICIES,
+        help="whether each window begins with the beginning-of-text token (auto: as the tokenizer does)",
+    )
     p.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     p.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, or write it to a file")
     p.set_defaults(run=_run, interrupted=lambda options: "Interrupted.")
 
 
 def _run(options: argparse.Namespace) -> int:
     from flute_quant.checkpoint.compare import compare_checkpoints
 
-    try:
-        text = options.text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise QuantizationError(f"{options.text} is not UTF-8 at byte {error.start}.") from None
+    text = read_text(options.text)
     with ProgressView("loading") as view:
         result = compare_checkpoints(
             options.src,
@@ -46,17 +52,35 @@ def _run(options: argparse.Namespace) -> int:
             text,
             windows=options.windows,
             length=options.length,
+            bos=options.bos,
             dtype=getattr(torch, options.dtype),
             device=options.device,
             progress=lambda done, total: view.step(f"window {done}", done, total),
         )
-    if options.json:
-        print(json.dumps(asdict(result), indent=2))
-        return 0
-    change = result.quantized_perplexity / result.source_perplexity - 1
-    before, after = result.source_perplexity, result.quantized_perplexity
-    print(f"perplexity   {before:.3f} before, {after:.3f} after ({change:+.1%})")
-    print(f"KL           {result.kl:.4f} nats a token")
-    where = f"{result.tokens} predictions in {result.windows} windows of {result.length} tokens"
-    print(f"same top-1   {result.top1:.1%} of {where}")
+    if options.json is not None:
+        write_json(asdict(result), options.json)
+    if options.json != "-":
+        _print(result)
     return 0
+
+
+def _print(result: Comparison) -> None:
+    before, after = result.source_perplexity, result.quantized_perplexity
+    print(f"perplexity   {before:.3f} before, {after:.3f} after ({after / before - 1:+.1%})")
+    print(
+        f"KL           {result.kl:.4f} nats a token in the mean, {result.kl_median:.4f} in the median, "
+        f"{result.kl_p99:.4f} at the 99th percentile"
+    )
+    begins = "no BOS" if result.bos == "none" else f"{result.bos} first in each"
+    print(
+        f"same top-1   {result.top1:.1%} of {counted(result.tokens, 'prediction')} in "
+        f"{counted(result.windows, 'window')} of {result.length} tokens, {begins}"
+    )
+    if result.layers:
+        worst = max(result.layers, key=lambda name: result.layers[name])
+        mean = sum(result.layers.values()) / len(result.layers)
+        print(
+            f"error        {mean:.5f} of a weight's energy in the mean of "
+            f"{counted(len(result.layers), 'layer')}, {result.layers[worst]:.5f} at most ({worst})"
+        )
+    print(f"size         {result.bits_per_weight:.3f} bits a quantized weight with scales and tables")

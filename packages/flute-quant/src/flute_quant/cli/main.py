@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from flute_kernels import FluteError
-from flute_quant.cli import compare, importing, inspect, quantize
+from flute_quant.cli import compare, evaluate, importing, inspect, quantize
 from flute_quant.version import package_version
 
 __all__ = ["main"]
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"flute-quant {package_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (quantize, importing, inspect, compare):
+    for module in (quantize, importing, inspect, compare, evaluate):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

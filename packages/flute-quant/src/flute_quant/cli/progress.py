@@ -61,6 +61,11 @@ class ProgressView:
         self._begin("measuring")
         self.step("measuring input channels", done, total)
 
+    def stage(self, what: str, done: int, total: int) -> None:
+        """``done`` of ``total`` steps of one stage of the work are finished."""
+        self._begin(what)
+        self.step(what, done, total)
+
     def quantized(self, event: Progress) -> None:
         """A module is finished."""
         self._finished("quantizing", event)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flute_kernels import QuantSpec
+from flute_quant.allocation import SENSITIVITIES, allocate_checkpoint
 from flute_quant.checkpoint.layout import DTYPE_OPTIONS, Coverage
 from flute_quant.checkpoint.quantize import (
     CheckpointReport,
@@ -18,11 +19,13 @@ from flute_quant.checkpoint.quantize import (
 )
 from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.cli.progress import ProgressView
-from flute_quant.cli.text import counted, duration, size
+from flute_quant.cli.text import counted, duration, read_text, size
 from flute_quant.codebooks import load_table
+from flute_quant.evaluation import load_tokenizer, text_windows
 from flute_quant.importance import IMPORTANCE_OPTIONS, load_importance
 from flute_quant.methods import ALIASES, method_names, methods, table_method
-from flute_quant.patterns import parse_override
+from flute_quant.patterns import Override, parse_override
+from flute_quant.rotation import AUTO_HADAMARD
 
 __all__ = ["add_parser"]
 
@@ -42,20 +45,39 @@ def add_parser(commands: Any) -> None:
         "src", metavar="SRC", type=Path, help="folder with config.json and safetensors, or a GGUF file"
     )
     p.add_argument("dst", metavar="DST", type=Path, help="folder to create")
-    p.add_argument("--bits", type=int, default=4, help="bits per weight: 2, 3 or 4 (default 4)")
+    p.add_argument(
+        "--bits",
+        type=float,
+        default=4.0,
+        help="bits per weight: 2, 3 or 4 (default 4), or an average with scales and tables, such as 3.25, "
+        "for which every layer gets its own",
+    )
+    p.add_argument(
+        "--sensitivity",
+        default="kl",
+        choices=SENSITIVITIES,
+        help="what an average is allocated by: kl (each layer's part in the model's predictions on random "
+        "tokens, with the model in memory; default) or error (of each layer's weights)",
+    )
     p.add_argument(
         "--group-size",
         type=int,
         default=64,
         help="weights that share a scale: 32, 64, 128, 256, -1 for a row (default 64)",
     )
+    p.add_argument(
+        "--sensitivity-text",
+        type=Path,
+        metavar="FILE",
+        help="measure kl on 6 windows of 128 tokens of this UTF-8 text instead of random tokens",
+    )
     p.add_argument("--vector-size", type=int, default=1, help="weights that share a code: 1 or 2 (default 1)")
     p.add_argument(
         "--hadamard",
-        type=int,
-        default=0,
+        type=_hadamard,
         metavar="BLOCK",
-        help="rotate inputs in blocks of this power of two",
+        help="rotate inputs in blocks of this power of two; auto is the largest that divides a layer's K, "
+        f"up to {AUTO_HADAMARD} (default: auto with --method higgs, which is made for it, else none)",
     )
     p.add_argument(
         "--hadamard-seed", type=int, default=0, metavar="SEED", help="seed of the rotation's signs"
@@ -121,10 +143,18 @@ def add_parser(commands: Any) -> None:
     p.set_defaults(run=_run, interrupted=_interrupted)
 
 
+def _hadamard(text: str) -> int:
+    return AUTO_HADAMARD if text == "auto" else int(text)
+
+
 def _run(options: argparse.Namespace) -> int:
-    spec = QuantSpec(
-        options.bits, options.group_size, options.vector_size, options.hadamard, options.hadamard_seed
-    )
+    block = options.hadamard
+    if block is None:
+        block = AUTO_HADAMARD if options.method == "higgs" and not options.table else 0
+    average = None if options.bits.is_integer() else options.bits
+    # An average's layers are listed as what differs from the nearest number of bits.
+    bits = int(options.bits) if average is None else round(max(2, min(4, average)))
+    spec = QuantSpec(bits, options.group_size, options.vector_size, block, options.hadamard_seed)
     choices: dict[str, Any] = {
         "method": table_method(load_table(options.table)) if options.table else options.method,
         "ignore": options.ignore,
@@ -137,6 +167,8 @@ def _run(options: argparse.Namespace) -> int:
     importance = options.importance
     if importance not in IMPORTANCE_OPTIONS and importance.endswith(".safetensors"):
         importance = load_importance(importance)
+    if average is not None:
+        choices["overrides"] += _allocated(options, spec, average, importance, choices)
     if options.dry_run:
         with plan_checkpoint(options.src, spec, **choices) as plan:
             plan.coverage.require(options.min_coverage)
@@ -165,6 +197,30 @@ def _run(options: argparse.Namespace) -> int:
         )
     _print_report(report)
     return 0
+
+
+def _allocated(
+    options: argparse.Namespace, spec: QuantSpec, average: float, importance: Any, choices: dict[str, Any]
+) -> tuple[Override, ...]:
+    """The overrides that give every layer its bits."""
+    given = {name: value for name, value in choices.items() if name != "dtype"}
+    if options.sensitivity_text is not None:
+        text = read_text(options.sensitivity_text)
+        windows = text_windows(load_tokenizer(options.src), text, count=6, length=128)
+        given["tokens"] = windows.tokens
+    with ProgressView("reading") as view:
+        allocation = allocate_checkpoint(
+            options.src,
+            average,
+            spec,
+            **given,
+            device=options.device,
+            importance=importance,
+            sensitivity=options.sensitivity,
+            progress=view.stage,
+        )
+    print(f"Allocated {allocation.bits_per_weight:.3f} bits a weight: {allocation.summary()}.")
+    return allocation.overrides
 
 
 def _print_report(report: CheckpointReport) -> None:

@@ -1,8 +1,14 @@
-"""Numbers as people read them."""
+"""Numbers as people read them, and the files that commands read and write."""
 
 from __future__ import annotations
 
-__all__ = ["counted", "duration", "size"]
+import json
+from pathlib import Path
+from typing import Any
+
+from flute_quant.errors import QuantizationError
+
+__all__ = ["counted", "duration", "read_text", "size", "write_json"]
 
 
 def counted(number: int, noun: str) -> str:
@@ -27,3 +33,24 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file.
+
+    Raises:
+        QuantizationError: it is something else.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise QuantizationError(f"{path} is not UTF-8 at byte {error.start}.") from None
+
+
+def write_json(value: Any, path: str) -> None:
+    """To a file, or to standard output where ``path`` is ``-``."""
+    text = json.dumps(value, indent=2)
+    if path == "-":
+        print(text)
+    else:
+        Path(path).write_text(text + "\n", encoding="utf-8")

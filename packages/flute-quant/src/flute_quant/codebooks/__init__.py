@@ -2,7 +2,7 @@
 
 from flute_quant.codebooks.grids import float_table, int_table
 from flute_quant.codebooks.lloyd_max import lloyd_max_table
-from flute_quant.codebooks.lloyd_pairs import lloyd_pairs_table
+from flute_quant.codebooks.lloyd_pairs import gaussian_pairs, lloyd_pairs_table
 from flute_quant.codebooks.normalfloat import normalfloat_table
 from flute_quant.codebooks.signed import signed_table
 from flute_quant.codebooks.tables import cartesian_square, stored_table
@@ -12,6 +12,7 @@ __all__ = [
     "cartesian_square",
     "check_table",
     "float_table",
+    "gaussian_pairs",
     "int_table",
     "lloyd_max_table",
     "lloyd_pairs_table",

@@ -31,6 +31,10 @@ def _lloyd_pairs(spec: QuantSpec) -> Any:
     return lloyd_pairs_table(spec.bits)
 
 
+def _gaussian(spec: QuantSpec) -> Any:
+    return lloyd_max_table(spec.bits) if spec.vector_size == 1 else lloyd_pairs_table(spec.bits)
+
+
 def _scalar(make: Any) -> TableSource:
     def table(spec: QuantSpec) -> Any:
         return make(spec.bits)
@@ -67,6 +71,12 @@ for _method in (
         "lloyd-pairs",
         "2-D Gaussian table of pairs (vector size 2), scale of least squared error",
         _lloyd_pairs,
+        Search(),
+    ),
+    TableMethod(
+        "higgs",
+        "optimum for a Gaussian, scalars or pairs, for weights that --hadamard auto makes Gaussian",
+        _gaussian,
         Search(),
     ),
     TableMethod(
