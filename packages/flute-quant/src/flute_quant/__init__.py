@@ -4,6 +4,7 @@ Three entries for three situations: :func:`quantize_tensor` for one weight, :fun
 for a torch module in memory, :func:`quantize_checkpoint` for a folder on disk.
 """
 
+from flute_quant.calibration.text import CalibrationText
 from flute_quant.checkpoint.compare import Comparison, compare_checkpoints, load_dequantized
 from flute_quant.checkpoint.inspect import Inspection, LayerInfo, inspect_checkpoint
 from flute_quant.checkpoint.layout import CheckpointPlan, Coverage
@@ -31,6 +32,7 @@ from flute_quant.tensor import ErrorStats, fit_spec, quantize_tensor
 __all__ = [
     "DEFAULT_IGNORE",
     "IMPORTANCE_OPTIONS",
+    "CalibrationText",
     "CheckpointError",
     "CheckpointPlan",
     "CheckpointReport",

@@ -17,7 +17,7 @@ from flute_quant.checkpoint.structure import quiet_transformers
 from flute_quant.errors import CheckpointError, QuantizationError, one_line
 from flute_quant.rotation import unrotate
 
-__all__ = ["Comparison", "compare_checkpoints", "load_dequantized"]
+__all__ = ["Comparison", "compare_checkpoints", "load_dequantized", "tokenize"]
 
 # Rows of logits turned into probabilities at once: 64 rows of 128,000 float32 are 33 MB.
 _ROWS = 64
@@ -100,7 +100,7 @@ def compare_checkpoints(
     if windows < 1 or length < 2:
         raise QuantizationError(f"windows is {windows} and length {length}; expected at least 1 and 2.")
     source_folder = CheckpointFolder.open(src)
-    tokens = _tokenize(Path(src), text)
+    tokens = tokenize(Path(src), text)
     if len(tokens) < length:
         raise QuantizationError(f"The text has {len(tokens)} tokens; one window needs {length}.")
     quantized = load_dequantized(dst, dtype=dtype).to(device).eval()
@@ -141,7 +141,12 @@ def _window(source: Tensor, quantized: Tensor, tokens: Tensor) -> Tensor:
     return total
 
 
-def _tokenize(folder: Path, text: str) -> Tensor:
+def tokenize(folder: Path, text: str) -> Tensor:
+    """Token ids ``[T]`` of a text, by the folder's tokenizer.
+
+    Raises:
+        CheckpointError: it has none that Transformers can load.
+    """
     with quiet_transformers():
         import transformers
 

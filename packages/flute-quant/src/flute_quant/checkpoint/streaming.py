@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +61,34 @@ class StreamedModel:
         # The same ones between all calls: small new tensors between large old ones would keep the
         # memory of these from being returned.
         self._absent = {owner: self._stored(owner) for _, owner in owners}
+
+    @property
+    def model(self) -> nn.Module:
+        """The structure, whose modules have weights inside of the contexts alone."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    def running(self) -> AbstractContextManager[None]:
+        """Another name of :meth:`attached`, see :class:`~flute_quant.calibration.store.LayerStore`."""
+        return self.attached()
+
+    @contextmanager
+    def loaded(self, module: nn.Module) -> Iterator[None]:
+        """Inside of the context a module and all inside of it have their weights.
+
+        They may be replaced there; afterwards they are forgotten. Not to be mixed with :meth:`attached`.
+        """
+        inside = {id(m) for m in module.modules()}
+        owners = [(n, m) for n, m in self._model.named_modules() if id(m) in inside and m in self._absent]
+        try:
+            self._reader(owners)(module, ())
+            yield
+        finally:
+            self._dropper(owners)(module, (), None)
 
     @contextmanager
     def attached(self) -> Iterator[None]:

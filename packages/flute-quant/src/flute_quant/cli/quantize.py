@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flute_kernels import QuantSpec
+from flute_quant.calibration.text import CalibrationText, parse_amount
 from flute_quant.checkpoint.layout import DTYPE_OPTIONS, Coverage
 from flute_quant.checkpoint.quantize import (
     CheckpointReport,
@@ -76,6 +77,18 @@ def add_parser(commands: Any) -> None:
         "(random where the method is made for it; default)",
     )
     p.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text to calibrate with, for the methods that say so; others weight errors by it",
+    )
+    p.add_argument(
+        "--calibration-tokens",
+        default="128x2048",
+        metavar="SxL",
+        help="sequences, and tokens of each, that are read of it (default 128x2048)",
+    )
+    p.add_argument(
         "--override",
         action="append",
         default=[],
@@ -134,6 +147,9 @@ def _run(options: argparse.Namespace) -> int:
         "scale_dtype": getattr(torch, options.scale_dtype),
         "experts": options.experts,
     }
+    calibration = None
+    if options.calibration is not None:
+        calibration = CalibrationText(options.calibration, *parse_amount(options.calibration_tokens))
     importance = options.importance
     if importance not in IMPORTANCE_OPTIONS and importance.endswith(".safetensors"):
         importance = load_importance(importance)
@@ -159,6 +175,7 @@ def _run(options: argparse.Namespace) -> int:
             min_coverage=options.min_coverage,
             overwrite=options.overwrite,
             importance=importance,
+            calibration=calibration,
             measuring=view.measuring,
             progress=view.quantized,
             say=view.say,
@@ -171,6 +188,11 @@ def _print_report(report: CheckpointReport) -> None:
     _print_notes(report.notes, report.coverage)
     if report.importance_note is not None:
         print(report.importance_note)
+    notes: dict[str, list[str]] = {}
+    for name, note in (report.calibration or {}).items():
+        notes.setdefault(note, []).append(name)
+    for note, names in notes.items():
+        print(f"{counted(len(names), 'linear')}, such as {names[0]}: {note}.")
     worst = max(report.errors, key=lambda name: report.errors[name])
     method = report.method + _weighting(report)
     print(
@@ -185,6 +207,7 @@ def _print_report(report: CheckpointReport) -> None:
 def _weighting(report: CheckpointReport) -> str:
     """Where importance came from, for the end of "method signed"."""
     known = {"random tokens": "random tokens", "columns": "columns", "given": "the importance given"}
+    known["calibration text"] = "the calibration text"
     return f" weighted by {known[report.importance]}" if report.importance in known else ""
 
 

@@ -17,10 +17,15 @@ __all__ = [
     "LENGTH",
     "SEED",
     "SEQUENCES",
+    "Finished",
     "NoPassError",
+    "evaluating",
     "input_embedding",
+    "output_head",
     "random_tokens",
     "run_random_tokens",
+    "stopping_at",
+    "token_arguments",
 ]
 
 # As many as in the measurements of benchmarks/results.
@@ -35,7 +40,7 @@ class NoPassError(Exception):
     """Why a model cannot be run on random tokens, as a clause without a full stop."""
 
 
-class _Finished(Exception):
+class Finished(Exception):
     """The output head was reached; what it would compute is not needed."""
 
 
@@ -59,18 +64,18 @@ def run_random_tokens(model: nn.Module, device: torch.device) -> None:
         raise NoPassError(f"{type(model).__name__} is no Transformers model with a token embedding")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     runner = getattr(model, "base_model", model)
-    takes_tokens, others = _arguments(runner, config)
+    takes_tokens, others = token_arguments(runner, config)
     longest = getattr(text, "max_position_embeddings", None)
     length = min(LENGTH, longest) if isinstance(longest, int) and longest > 0 else LENGTH
     tokens = random_tokens(embedding.num_embeddings, _special_tokens(config, text), length).to(device)
-    head = _output_head(model)
+    head = output_head(model)
     layers = [m for m in runner.modules() if type(m) is nn.Linear and m is not head]
     batch = _batch(layers, text, length)
-    with _evaluating(model), _stopping_at(head), ordinary_tensors(), warnings.catch_warnings():
+    with evaluating(model), stopping_at(head), ordinary_tensors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for start in range(0, SEQUENCES, batch):
             ids = tokens[start : start + batch]
-            with suppress(_Finished):
+            with suppress(Finished):
                 runner(**dict.fromkeys(takes_tokens, ids), **others)
 
 
@@ -107,7 +112,7 @@ def _special_tokens(*configs: Any) -> set[int]:
     return found
 
 
-def _arguments(runner: nn.Module, config: Any) -> tuple[list[str], dict[str, Any]]:
+def token_arguments(runner: nn.Module, config: Any) -> tuple[list[str], dict[str, Any]]:
     """The arguments that take the tokens, and the others."""
     known = inspect.signature(runner.forward).parameters
     tokens = ["input_ids"]
@@ -139,7 +144,7 @@ def _batch(layers: list[nn.Linear], text: Any, length: int) -> int:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and every module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
@@ -151,7 +156,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     try:
         head = get() if callable(get) else None
@@ -161,11 +166,11 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def _stopping_at(head: nn.Module | None) -> Iterator[None]:
-    """Where no base model can be run by itself, the head raises :class:`_Finished` instead of computing."""
+def stopping_at(head: nn.Module | None) -> Iterator[None]:
+    """Where no base model can be run by itself, the head raises :class:`Finished` instead of computing."""
 
     def stop(module: nn.Module, args: object) -> None:
-        raise _Finished
+        raise Finished
 
     hook = None if head is None else head.register_forward_pre_hook(stop)
     try:

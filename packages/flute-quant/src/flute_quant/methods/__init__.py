@@ -1,6 +1,8 @@
 """Quantization methods: how codes, scales and tables are chosen for a weight."""
 
-from flute_quant.methods.base import Encoded, Method, WeightRows
+from flute_quant.methods.base import Encoded, InputMoments, Method, WeightRows
+from flute_quant.methods.calibrated import CalibratedMethod
+from flute_quant.methods.recipe import Recipe
 from flute_quant.methods.registry import (
     ALIASES,
     method_names,
@@ -15,10 +17,13 @@ from flute_quant.methods.table_method import LearnedTable, TableMethod
 __all__ = [
     "ALIASES",
     "AbsMax",
+    "CalibratedMethod",
     "Encoded",
+    "InputMoments",
     "LearnedTable",
     "Loss",
     "Method",
+    "Recipe",
     "Search",
     "TableMethod",
     "WeightRows",

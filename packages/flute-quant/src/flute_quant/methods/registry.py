@@ -19,6 +19,8 @@ from flute_quant.codebooks import (
 )
 from flute_quant.errors import QuantizationError
 from flute_quant.methods.base import Method
+from flute_quant.methods.calibrated import CalibratedMethod
+from flute_quant.methods.recipe import Recipe
 from flute_quant.methods.scales import AbsMax, Loss, Search
 from flute_quant.methods.table_method import LearnedTable, TableMethod, TableSource
 
@@ -41,17 +43,19 @@ def _scalar(make: Any) -> TableSource:
 _NORMALFLOAT = _scalar(normalfloat_table)
 _LLOYD = _scalar(lloyd_max_table)
 
+_SIGNED = TableMethod(
+    "signed",
+    "table for signed scales, errors weighted by the weight's magnitude and the inputs'",
+    _scalar(signed_table),
+    # 25 steps of 1/24 octave, the 22nd of which maps the largest weight exactly onto the +1. No
+    # refit: it would trade the exact largest weight for squared error, which models do not like.
+    Search(Loss(keep=0.5), candidates=25, span=(2 ** (-21 / 24), 2 ** (3 / 24)), refits=0, signed=True),
+    wants_importance=True,
+)
+
 _METHODS: dict[str, Method] = {}
 for _method in (
-    TableMethod(
-        "signed",
-        "table for signed scales, errors weighted by the weight's magnitude and the inputs'",
-        _scalar(signed_table),
-        # 25 steps of 1/24 octave, the 22nd of which maps the largest weight exactly onto the +1. No
-        # refit: it would trade the exact largest weight for squared error, which models do not like.
-        Search(Loss(keep=0.5), candidates=25, span=(2 ** (-21 / 24), 2 ** (3 / 24)), refits=0, signed=True),
-        wants_importance=True,
-    ),
+    _SIGNED,
     TableMethod("nf", "NormalFloat, scaled by the largest weight of a group", _NORMALFLOAT, AbsMax()),
     TableMethod(
         "nf-search", "NormalFloat, signed scale of least squared error", _NORMALFLOAT, Search(signed=True)
@@ -80,6 +84,13 @@ for _method in (
     ),
     TableMethod(
         "fp", "e2m1 floats (e2m0 at 3 bits), scale of least squared error", _scalar(float_table), Search()
+    ),
+    CalibratedMethod("gptq", "error feedback (GPTQ) with the table of signed scales", _SIGNED),
+    CalibratedMethod(
+        "calibrated",
+        "error feedback, then scales, table and codes by alternating least squares",
+        _SIGNED,
+        Recipe(rounds=2),
     ),
 ):
     _METHODS[_method.name] = _method
