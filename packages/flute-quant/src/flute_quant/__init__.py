@@ -23,7 +23,15 @@ from flute_quant.importance import (
     load_importance,
     random_token_importance,
 )
-from flute_quant.methods import method_names, register_method, resolve_method, table_method
+from flute_quant.methods import (
+    Recipe,
+    load_recipe,
+    method_names,
+    recipe_method,
+    register_method,
+    resolve_method,
+    table_method,
+)
 from flute_quant.model import ModelReport, quantize_model
 from flute_quant.patterns import Override
 from flute_quant.plan import DEFAULT_IGNORE, PlannedLinear, QuantizationPlan, plan_modules
@@ -47,6 +55,7 @@ __all__ = [
     "Progress",
     "QuantizationError",
     "QuantizationPlan",
+    "Recipe",
     "column_importance",
     "compare_checkpoints",
     "estimate_seconds",
@@ -54,6 +63,7 @@ __all__ = [
     "inspect_checkpoint",
     "load_dequantized",
     "load_importance",
+    "load_recipe",
     "load_table",
     "method_names",
     "plan_checkpoint",
@@ -62,6 +72,7 @@ __all__ = [
     "quantize_model",
     "quantize_tensor",
     "random_token_importance",
+    "recipe_method",
     "register_method",
     "resolve_method",
     "table_method",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flute_kernels import QuantSpec
+from flute_quant.calibration.experts import ExpertWatch
 from flute_quant.errors import QuantizationError
 from flute_quant.methods import InputMoments
 from flute_quant.rotation import rotate
@@ -34,10 +35,23 @@ class MomentMeter:
 
     Args:
         modules: name to module and spec, whose rotation is applied to the inputs.
+        matrices: name of an expert's matrix to the parameter that holds it, its index there, and its spec.
+        parameters: by name, those that ``matrices`` names.
     """
 
-    def __init__(self, modules: Mapping[str, tuple[nn.Module, QuantSpec]]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, tuple[nn.Module, QuantSpec]],
+        matrices: Mapping[str, tuple[str, int, QuantSpec]] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._modules = dict(modules)
+        self._specs = {name: spec for name, (_, spec) in modules.items()}
+        self._parameters = dict(parameters or {})
+        self._slices: dict[tuple[str, int], list[str]] = {}
+        for name, (parameter, index, spec) in (matrices or {}).items():
+            self._specs[name] = spec
+            self._slices.setdefault((parameter, index), []).append(name)
         self._leader: dict[str, str] = {}
         self._sums: dict[str, _Sums] = {}
         # The last input, and the module that it was added for.
@@ -48,7 +62,7 @@ class MomentMeter:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Add all that runs inside of the context; after :meth:`remembering`, the drift as well."""
-        with self._attached(self._measure):
+        with self._attached(self._measure), ExpertWatch(self._parameters, self._measure_slice):
             yield
         self._kept = None
 
@@ -105,8 +119,12 @@ class MomentMeter:
         assert self._kept is not None
         self._kept.setdefault(name, []).append(x)
 
+    def _measure_slice(self, parameter: str, index: int, x: Tensor) -> None:
+        for name in self._slices.get((parameter, index), ()):
+            self._measure(name, x)
+
     def _measure(self, name: str, x: Tensor) -> None:
-        spec = self._modules[name][1]
+        spec = self._specs[name]
         rotation = (spec.hadamard, spec.hadamard_seed)
         last = self._last
         shared = last is not None and _same(last[0], x) and last[1:3] == (x._version, rotation)
@@ -128,7 +146,8 @@ class MomentMeter:
         sums.hessian.addmm_(values.T, values)
         sums.tokens += len(values)
         if self._kept is not None:
-            before = self._flat(self._kept[name].pop(0), rotation)
+            kept = self._kept.get(name)
+            before = self._flat(kept.pop(0), rotation) if kept else values[:0]
             if before.shape != values.shape:
                 self._unpaired.add(name)  # tokens of a mixture that were routed elsewhere
                 return

@@ -78,6 +78,7 @@ def calibrate_layers(
     recipe = method.recipe if isinstance(method, CalibratedMethod) else None
     propagate = recipe is None or recipe.propagate
     places = [p for p in planned if _is_linear(store.model, p.name)]
+    slices = {p.name: place for p in planned if (place := store.slice_of(p.name)) is not None}
     with store.running():
         calls, hidden = trace_layers(store.model, _batches(tokens), [p.name for p in places], store.device)
     drifting = propagate and recipe is not None and recipe.correction > 0
@@ -85,12 +86,15 @@ def calibrate_layers(
     where = list(devices) or [store.device]
     for call in calls:
         mine = [p for p in places if p.name.startswith(f"{call.name}.")]
+        matrices = [p for p in planned if p.name in slices and slices[p.name][0].startswith(f"{call.name}.")]
         with store.loaded(call.module), evaluating(call.module), ordinary_tensors():
-            result = finished(call.name) if finished is not None else None
+            result = known = finished(call.name) if finished is not None else None
             run = _Layer(call, store.device)
             if result is None:
                 modules = {p.name: (store.model.get_submodule(p.name), p.spec) for p in mine}
-                meter = MomentMeter(modules)
+                held = {p.name: (*slices[p.name], p.spec) for p in matrices}
+                parameters = {key: store.model.get_parameter(key).detach() for key, _, _ in held.values()}
+                meter = MomentMeter(modules, held, parameters)
                 for i, batch in enumerate(hidden):
                     if plain is not None:
                         with meter.remembering():
@@ -100,16 +104,24 @@ def calibrate_layers(
                     if not propagate:
                         hidden[i] = behind
                 result = _quantize(
-                    store.model, call.name, mine, meter.moments(), method, scale_dtype, where, progress
+                    store,
+                    call.name,
+                    [*mine, *matrices],
+                    meter.moments(),
+                    method,
+                    scale_dtype,
+                    where,
+                    progress,
                 )
                 del meter
             elif plain is not None:
                 plain[:] = map(run, plain)
             if propagate:
-                for name, linear in result.linears.items():
-                    _replace(store.model.get_submodule(name), linear)
+                for p in mine:
+                    _replace(store.model.get_submodule(p.name), result.linears[p.name])
+                store.put_matrices({p.name: dequantized(result.linears[p.name]) for p in matrices})
                 hidden[:] = map(run, hidden)
-            elif finished is not None and not result.errors:
+            elif known is not None:
                 hidden[:] = map(run, hidden)
         yield result
 
@@ -144,6 +156,14 @@ def _is_linear(model: nn.Module, name: str) -> bool:
         return False
 
 
+def _weight(store: LayerStore, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a module, or an expert's matrix."""
+    if not _is_linear(store.model, name):
+        return store.matrix(name), None
+    module = store.model.get_submodule(name)
+    return module.get_parameter("weight").detach(), module._parameters.get("bias")
+
+
 def _batches(tokens: Tensor) -> list[Tensor]:
     """All of one shape, so that what layers are given beside hidden states is the same for all."""
     sequences, length = tokens.shape
@@ -159,7 +179,7 @@ def _replace(module: nn.Module, linear: QuantizedLinear) -> None:
 
 
 def _quantize(
-    model: nn.Module,
+    store: LayerStore,
     layer: str,
     planned: Sequence[PlannedLinear],
     moments: dict[str, InputMoments],
@@ -177,9 +197,8 @@ def _quantize(
         device: torch.device, mine: list[PlannedLinear]
     ) -> Iterator[tuple[PlannedLinear, QuantizedLinear, ErrorStats]]:
         for p in mine:
-            module = model.get_submodule(p.name)
-            bias = module._parameters.get("bias")
-            weight = module.get_parameter("weight").detach().to(device)
+            weight, bias = _weight(store, p.name)
+            weight = weight.to(device)
             guessed = p.name not in moments and getattr(method, "wants_importance", False)
             linear, error = quantize_tensor(
                 weight,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["InMemory", "LayerStore"]
 
@@ -28,6 +28,15 @@ class LayerStore(Protocol):
 
     def loaded(self, layer: nn.Module) -> AbstractContextManager[None]:
         """Inside of the context the layer has its weights; what is changed there is forgotten afterwards."""
+
+    def slice_of(self, name: str) -> tuple[str, int] | None:
+        """The parameter, and the index in it, that holds an expert's matrix; None where there is none."""
+
+    def matrix(self, name: str) -> Tensor:
+        """An expert's matrix ``[N, K]``."""
+
+    def put_matrices(self, values: Mapping[str, Tensor]) -> None:
+        """Change matrices of experts inside of a layer that is loaded; name to ``[N, K]``."""
 
 
 class InMemory:
@@ -55,3 +64,16 @@ class InMemory:
         finally:
             for module, parameters in before:
                 module._parameters.update(parameters)
+
+    def slice_of(self, name: str) -> tuple[str, int] | None:
+        """None: of a model in memory no expert is quantized by itself."""
+        return None
+
+    def matrix(self, name: str) -> Tensor:
+        """See :class:`LayerStore`."""
+        raise KeyError(name)
+
+    def put_matrices(self, values: Mapping[str, Tensor]) -> None:
+        """See :class:`LayerStore`."""
+        if values:
+            raise KeyError(next(iter(values)))

@@ -99,6 +99,7 @@ def calibrate_folder(
     with quiet_transformers(), torch.device("cpu"):
         dtype = compute_dtype(plan.folder, device)
         model = build_structure(plan.folder.path, plan.folder.config, len(plan.folder.location), dtype)
+        _watchable(model)
         tokens, note = _tokens(plan, model, text)
         calibrated = Calibrated(tokens=(tokens.shape[0], tokens.shape[1]), note=note)
 
@@ -133,6 +134,14 @@ def calibrate_folder(
         except NoPassError as error:
             raise QuantizationError(f"{plan.folder.path} cannot be calibrated: {error}.") from None
     return calibrated
+
+
+def _watchable(model: torch.nn.Module) -> None:
+    """Have experts computed one by one: in grouped products nobody sees what each of them is given."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"
 
 
 def _tokens(plan: CheckpointPlan, model: Any, text: CalibrationText | Tensor) -> tuple[Tensor, str | None]:

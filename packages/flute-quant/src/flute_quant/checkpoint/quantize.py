@@ -243,9 +243,8 @@ def quantize_checkpoint(
             "method": chosen.identity,
         },
         "importance": _importance_print(kind, importance),
+        "calibration": None if calibration is None else _calibration_print(calibration),
     }
-    if calibration is not None:
-        fingerprint["calibration"] = _calibration_print(calibration)
     with WorkFolder(dst, fingerprint, say or _silent) as work:
         if plan is None:
             assert gguf is not None

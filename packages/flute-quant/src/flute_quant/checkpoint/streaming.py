@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = ["StreamedModel"]
 # Buffers are tables of positions and frequencies. They are computed, not stored, so no file vouches for
 # their size.
 _MAX_COMPUTED = 256 << 20
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class StreamedModel:
@@ -48,6 +50,7 @@ class StreamedModel:
         self._model = model
         self._device = device
         self._sources = _sources(folder, model)
+        self._parameter_of = {t: name for name, tensors in self._sources.items() for t in tensors}
         self._computed = _compute_buffers(model, set(self._sources), device)
         owners = [(n, m) for n, m in model.named_modules() if self._stored(m)]
         self._units = _units(model, owners, whole_layers)
@@ -90,6 +93,32 @@ class StreamedModel:
         finally:
             self._dropper(owners)(module, (), None)
 
+    def slice_of(self, name: str) -> tuple[str, int] | None:
+        """See :class:`~flute_quant.calibration.store.LayerStore`; by the numbers in the tensor's name."""
+        tensor = f"{name}.weight"
+        parameter = self._parameter_of.get(tensor)
+        if parameter is None or parameter == tensor:
+            return None
+        numbers = _NUMBER.findall(tensor)
+        shared = _NUMBER.findall(parameter)
+        # Layer 3's expert 5: the parameter has the 3, the tensor a 5 more.
+        if numbers[: len(shared)] != shared or len(numbers) != len(shared) + 1:
+            return None
+        return parameter, int(numbers[-1])
+
+    def matrix(self, name: str) -> Tensor:
+        """See :class:`~flute_quant.calibration.store.LayerStore`."""
+        return self._tensor(f"{name}.weight")
+
+    def put_matrices(self, values: Mapping[str, Tensor]) -> None:
+        """See :class:`~flute_quant.calibration.store.LayerStore`."""
+        changed = {f"{name}.weight": value for name, value in values.items()}
+        for parameter in {self._parameter_of[tensor] for tensor in changed}:
+            owner_name, _, key = parameter.rpartition(".")
+            owner = self._model.get_submodule(owner_name)
+            absent = dict(self._absent[owner])[key]
+            _put(owner, key, self._read(parameter, absent, changed))
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Inside of the context the model can be called."""
@@ -119,12 +148,13 @@ class StreamedModel:
 
         return drop
 
-    def _read(self, name: str, absent: Tensor) -> Tensor:
-        """The values of a parameter or buffer, like the one in its place."""
+    def _read(self, name: str, absent: Tensor, changed: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The values of a parameter or buffer, like the one in its place; ``changed`` replaces tensors."""
         tensors = self._sources.get(name)
         if tensors is None:
             raise NoPassError(f"{name} is not in the checkpoint")
-        read = {tensor: self._tensor(tensor) for tensor in tensors}
+        given = changed or {}
+        read = {t: given[t] if t in given else self._tensor(t) for t in tensors}
         (value, *more) = read.values()
         # Values of another shape, or several tensors: Transformers merges or turns them, if it knows how.
         if more or value.shape != absent.shape:

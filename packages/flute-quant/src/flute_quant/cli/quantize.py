@@ -21,8 +21,17 @@ from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.cli.progress import ProgressView
 from flute_quant.cli.text import counted, duration, size
 from flute_quant.codebooks import load_table
+from flute_quant.errors import QuantizationError
 from flute_quant.importance import IMPORTANCE_OPTIONS, load_importance
-from flute_quant.methods import ALIASES, method_names, methods, table_method
+from flute_quant.methods import (
+    ALIASES,
+    Method,
+    load_recipe,
+    method_names,
+    methods,
+    recipe_method,
+    table_method,
+)
 from flute_quant.patterns import parse_override
 
 __all__ = ["add_parser"]
@@ -67,6 +76,12 @@ def add_parser(commands: Any) -> None:
         type=Path,
         metavar="FILE",
         help="your own table (.json or .safetensors) instead of a method's",
+    )
+    p.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="your own steps of a calibrated method (.json, or .yaml with PyYAML) instead of a method",
     )
     p.add_argument(
         "--importance",
@@ -139,7 +154,7 @@ def _run(options: argparse.Namespace) -> int:
         options.bits, options.group_size, options.vector_size, options.hadamard, options.hadamard_seed
     )
     choices: dict[str, Any] = {
-        "method": table_method(load_table(options.table)) if options.table else options.method,
+        "method": _method(options),
         "ignore": options.ignore,
         "include": options.include,
         "overrides": [parse_override(text) for text in options.override],
@@ -182,6 +197,18 @@ def _run(options: argparse.Namespace) -> int:
         )
     _print_report(report)
     return 0
+
+
+def _method(options: argparse.Namespace) -> str | Method:
+    """What ``--method`` stands for, or ``--table`` or ``--recipe`` in its place."""
+    given = [name for name in ("table", "recipe") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise QuantizationError(f"There are --{given[0]} and --{given[1]}; expected one of them.")
+    if options.table is not None:
+        return table_method(load_table(options.table))
+    if options.recipe is not None:
+        return recipe_method(load_recipe(options.recipe), name=options.recipe.stem)
+    return str(options.method)
 
 
 def _print_report(report: CheckpointReport) -> None:

@@ -2,11 +2,12 @@
 
 from flute_quant.methods.base import Encoded, InputMoments, Method, WeightRows
 from flute_quant.methods.calibrated import CalibratedMethod
-from flute_quant.methods.recipe import Recipe
+from flute_quant.methods.recipe import Recipe, load_recipe
 from flute_quant.methods.registry import (
     ALIASES,
     method_names,
     methods,
+    recipe_method,
     register_method,
     resolve_method,
     table_method,
@@ -27,8 +28,10 @@ __all__ = [
     "Search",
     "TableMethod",
     "WeightRows",
+    "load_recipe",
     "method_names",
     "methods",
+    "recipe_method",
     "register_method",
     "resolve_method",
     "table_method",

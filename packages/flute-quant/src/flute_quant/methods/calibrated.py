@@ -60,7 +60,7 @@ class CalibratedMethod:
             The result, and a clause about what was done differently, or None.
         """
         recipe = self.recipe
-        hessian = inputs.hessian.to(rows.device, torch.float32)
+        hessian = inputs.hessian.to(rows.device, torch.float32, copy=True)
         if tuple(hessian.shape) != (rows.columns, rows.columns):
             raise QuantizationError(
                 f"The Hessian of {rows.name} has shape {list(hessian.shape)}; "
@@ -71,10 +71,11 @@ class CalibratedMethod:
             return first, None
         note = None
         size = _vector_size(first)
+        _shrink(hessian, recipe.shrink)
         factor = factorized(hessian, damping=recipe.damping, by_activation=recipe.act_order, vector_size=size)
         if factor is None:
             return first, (
-                f"its Hessian has no Cholesky factor, not even with {recipe.damping * 1000:g} of its mean "
+                f"its Hessian has no Cholesky factor, not even with {recipe.damping * 1000:g} times its mean "
                 "diagonal added, so errors are only weighted by the inputs' mean squares"
             )
         if factor.damping > recipe.damping:
@@ -91,11 +92,11 @@ class CalibratedMethod:
             codes = feed_back(target, fitted.scales, table_for(fitted.table), factor)
             fitted = replace(fitted, codes=codes)
         for _ in range(recipe.rounds):
-            if recipe.refit_scales:
+            if "scales" in recipe.refit:
                 fitted = refit_scales(target, fitted, matrix, scale_dtype)
-            if recipe.refit_table:
+            if "table" in recipe.refit:
                 fitted = refit_table(target, fitted, matrix, first.codebook.dtype)
-            if recipe.sweep:
+            if "codes" in recipe.refit:
                 fitted = sweep_codes(target, fitted, matrix, factor.order)
         return _encoded(fitted, weight, first, spec, scale_dtype), note
 
@@ -146,6 +147,12 @@ def _encoded(
         float(difference.square().sum(dtype=torch.float64)),
         float(weight.square().sum(dtype=torch.float64)),
     )
+
+
+def _shrink(hessian: Tensor, strength: float) -> None:
+    """Draw a matrix to its diagonal, in place."""
+    diagonal = hessian.diagonal().clone()
+    hessian.mul_(1 - strength).diagonal().copy_(diagonal)
 
 
 def _corrected(weight: Tensor, drift: Tensor, factor: Factor, strength: float) -> Tensor:

@@ -24,7 +24,15 @@ from flute_quant.methods.recipe import Recipe
 from flute_quant.methods.scales import AbsMax, Loss, Search
 from flute_quant.methods.table_method import LearnedTable, TableMethod, TableSource
 
-__all__ = ["ALIASES", "method_names", "methods", "register_method", "resolve_method", "table_method"]
+__all__ = [
+    "ALIASES",
+    "method_names",
+    "methods",
+    "recipe_method",
+    "register_method",
+    "resolve_method",
+    "table_method",
+]
 
 
 def _lloyd_pairs(spec: QuantSpec) -> Any:
@@ -90,7 +98,7 @@ for _method in (
         "calibrated",
         "error feedback, then scales, table and codes by alternating least squares",
         _SIGNED,
-        Recipe(rounds=2),
+        Recipe(shrink=0.3, damping=0.1, rounds=1),
     ),
 ):
     _METHODS[_method.name] = _method
@@ -133,6 +141,26 @@ def resolve_method(method: str | Method, spec: QuantSpec | None = None) -> Metho
     if name not in _METHODS:
         raise QuantizationError(f"The method {method!r} is unknown; there are {', '.join(method_names())}.")
     return _METHODS[name]
+
+
+def recipe_method(recipe: Recipe, *, name: str = "recipe") -> CalibratedMethod:
+    """A calibrated method from a recipe (:func:`~flute_quant.methods.load_recipe` reads one from a file).
+
+    Args:
+        recipe: its steps.
+        name: what the checkpoint's config calls it.
+
+    Raises:
+        QuantizationError: ``recipe.start`` is no data-free method with a table.
+    """
+    start = _METHODS.get(ALIASES.get(recipe.start, recipe.start))
+    if not isinstance(start, TableMethod):
+        known = [other for other, method in _METHODS.items() if isinstance(method, TableMethod)]
+        raise QuantizationError(
+            f"The recipe has start = {recipe.start!r}; "
+            f"expected a data-free method, one of {', '.join(known)}."
+        )
+    return CalibratedMethod(name, "a recipe of the user", start, recipe)
 
 
 def table_method(table: Any, *, scales: AbsMax | Search | None = None, name: str = "table") -> TableMethod:
