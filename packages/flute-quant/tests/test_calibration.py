@@ -161,7 +161,7 @@ def test_outputs_are_nearer_to_those_of_the_model_than_without_calibration(
     with torch.no_grad():
         wanted = model(TOKENS).logits
 
-    def distance(name: str, **options: Any) -> float:
+    def distance(name: str | CalibratedMethod, **options: Any) -> float:
         linears, _ = quantize_model(model, spec, method=name, **options)
         changed = load(checkpoints("llama-fp32"))
         for key, linear in linears.items():
@@ -169,10 +169,9 @@ def test_outputs_are_nearer_to_those_of_the_model_than_without_calibration(
         with torch.no_grad():
             return float((changed(TOKENS).logits - wanted).square().mean())
 
-    plain = distance("lloyd-pairs" if spec.vector_size == 2 else "signed")
-    start = "lloyd-pairs" if spec.vector_size == 2 else "signed"
-    fed = distance(method(start=start), calibration=TOKENS)  # type: ignore[arg-type]
-    fitted = distance(method(start=start, rounds=3), calibration=TOKENS)  # type: ignore[arg-type]
+    plain = distance("default")
+    fed = distance(method(), calibration=TOKENS)
+    fitted = distance(method(rounds=3), calibration=TOKENS)
     assert fed < 0.8 * plain
     assert fitted < fed
 

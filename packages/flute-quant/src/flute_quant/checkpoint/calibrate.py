@@ -139,7 +139,7 @@ def calibrate_folder(
 def _watchable(model: torch.nn.Module) -> None:
     """Have experts computed one by one: in grouped products nobody sees what each of them is given."""
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_experts_implementation", None) is not None:
             config._experts_implementation = "eager"
 

@@ -26,12 +26,14 @@ class CalibratedMethod:
         name: what ``--method`` calls it.
         summary: one line for ``--help``.
         start: gives tables and the first scales; what it minimizes is weighted with the inputs' mean squares.
+        start_of_pairs: in its place where vectors have two weights, or None.
         recipe: what follows.
     """
 
     name: str
     summary: str
     start: TableMethod
+    start_of_pairs: TableMethod | None = None
     recipe: Recipe = field(default_factory=Recipe)
     wants_importance: bool = True
     wants_inputs: bool = True
@@ -39,17 +41,18 @@ class CalibratedMethod:
     @property
     def identity(self) -> str:
         """See :class:`~flute_quant.methods.base.Method`."""
-        return f"{self.name} {self.recipe!r} {self._start().identity}"
+        starts = (self._adapted(s).identity for s in (self.start, self.start_of_pairs) if s is not None)
+        return f"{self.name} {self.recipe!r} {' or '.join(starts)}"
 
     def table_dtype(self, spec: QuantSpec) -> torch.dtype:
         """See :class:`~flute_quant.methods.base.Method`."""
-        return self._start().table_dtype(spec)
+        return self._start(spec).table_dtype(spec)
 
     def encode(
         self, rows: WeightRows, spec: QuantSpec, *, scale_dtype: torch.dtype, importance: Tensor | None
     ) -> Encoded:
         """The data-free start alone."""
-        return self._start().encode(rows, spec, scale_dtype=scale_dtype, importance=importance)
+        return self._start(spec).encode(rows, spec, scale_dtype=scale_dtype, importance=importance)
 
     def encode_inputs(
         self, rows: WeightRows, spec: QuantSpec, inputs: InputMoments, *, scale_dtype: torch.dtype
@@ -100,10 +103,14 @@ class CalibratedMethod:
                 fitted = sweep_codes(target, fitted, matrix, factor.order)
         return _encoded(fitted, weight, first, spec, scale_dtype), note
 
-    def _start(self) -> TableMethod:
-        if self.recipe.table == "kmeans" and not isinstance(self.start.table, LearnedTable):
-            return replace(self.start, table=LearnedTable(self.start.table))
-        return self.start
+    def _start(self, spec: QuantSpec) -> TableMethod:
+        of_pairs = self.start_of_pairs if spec.vector_size == 2 else None
+        return self._adapted(self.start if of_pairs is None else of_pairs)
+
+    def _adapted(self, start: TableMethod) -> TableMethod:
+        if self.recipe.table == "kmeans" and not isinstance(start.table, LearnedTable):
+            return replace(start, table=LearnedTable(start.table))
+        return start
 
 
 def _vector_size(encoded: Encoded) -> int:

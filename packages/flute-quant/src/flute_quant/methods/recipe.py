@@ -25,7 +25,8 @@ class Recipe:
 
     Args:
         start: the data-free method that gives the table and the first scales, weighted by the inputs' mean
-            squares; also the fallback where there are no inputs.
+            squares; also the fallback where there are no inputs. ``"default"`` is ``signed``, and
+            ``lloyd-pairs`` for vectors of 2.
         table: ``"start"``, the table of that method, or ``"kmeans"``, one fitted to each weight under these
             weights before anything else.
         feedback: whether errors are fed back from column to column.
@@ -44,7 +45,7 @@ class Recipe:
         QuantizationError: a value outside of its range.
     """
 
-    start: str = "signed"
+    start: str = "default"
     table: str = "start"
     feedback: bool = True
     act_order: bool = True
@@ -56,16 +57,18 @@ class Recipe:
     correction: float = 0.0
 
     def __post_init__(self) -> None:
-        self._require("start", isinstance(self.start, str), "the name of a data-free method")
-        self._require("table", self.table in _TABLES, " or ".join(map(repr, _TABLES)))
+        # A file's values may be of any type, whatever the annotations say.
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        self._require("start", isinstance(values["start"], str), "the name of a data-free method")
+        self._require("table", values["table"] in _TABLES, " or ".join(map(repr, _TABLES)))
         for name in ("feedback", "act_order", "propagate"):
-            self._require(name, isinstance(getattr(self, name), bool), "true or false")
+            self._require(name, isinstance(values[name], bool), "true or false")
         self._require("damping", _is_number(self.damping, 1e-8, 10), "a number from 1e-8 to 10")
         self._require("shrink", _is_number(self.shrink, 0, 1), "a number from 0 to 1")
         self._require("correction", _is_number(self.correction, 0, 1), "a number from 0 to 1")
-        whole = isinstance(self.rounds, int) and not isinstance(self.rounds, bool)
+        whole = type(values["rounds"]) is int
         self._require("rounds", whole and 0 <= self.rounds <= 100, "a whole number from 0 to 100")
-        known = isinstance(self.refit, tuple) and set(self.refit) <= set(REFITS)
+        known = isinstance(values["refit"], tuple) and set(self.refit) <= set(REFITS)
         self._require("refit", known, f"a list of some of {', '.join(REFITS)}")
         self._require("correction", self.propagate or not self.correction, "0 where propagate is false")
 

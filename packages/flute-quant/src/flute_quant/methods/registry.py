@@ -61,6 +61,13 @@ _SIGNED = TableMethod(
     wants_importance=True,
 )
 
+_PAIRS = TableMethod(
+    "lloyd-pairs",
+    "2-D Gaussian table of pairs (vector size 2), scale of least squared error",
+    _lloyd_pairs,
+    Search(),
+)
+
 _METHODS: dict[str, Method] = {}
 for _method in (
     _SIGNED,
@@ -75,12 +82,7 @@ for _method in (
         Search(Loss(keep=1.0), signed=True),
     ),
     TableMethod("lloyd", "Gaussian Lloyd-Max table, scale of least squared error", _LLOYD, Search()),
-    TableMethod(
-        "lloyd-pairs",
-        "2-D Gaussian table of pairs (vector size 2), scale of least squared error",
-        _lloyd_pairs,
-        Search(),
-    ),
+    _PAIRS,
     TableMethod(
         "learned",
         "a table fitted to each tensor, scale of least squared error",
@@ -93,11 +95,12 @@ for _method in (
     TableMethod(
         "fp", "e2m1 floats (e2m0 at 3 bits), scale of least squared error", _scalar(float_table), Search()
     ),
-    CalibratedMethod("gptq", "error feedback (GPTQ) with the table of signed scales", _SIGNED),
+    CalibratedMethod("gptq", "error feedback (GPTQ) with the default's table", _SIGNED, _PAIRS),
     CalibratedMethod(
         "calibrated",
         "error feedback, then scales, table and codes by alternating least squares",
         _SIGNED,
+        _PAIRS,
         Recipe(shrink=0.3, damping=0.1, rounds=1),
     ),
 ):
@@ -154,13 +157,14 @@ def recipe_method(recipe: Recipe, *, name: str = "recipe") -> CalibratedMethod:
         QuantizationError: ``recipe.start`` is no data-free method with a table.
     """
     start = _METHODS.get(ALIASES.get(recipe.start, recipe.start))
+    pairs = _PAIRS if recipe.start in _ALIASES_OF_PAIRS else None
     if not isinstance(start, TableMethod):
         known = [other for other, method in _METHODS.items() if isinstance(method, TableMethod)]
         raise QuantizationError(
             f"The recipe has start = {recipe.start!r}; "
             f"expected a data-free method, one of {', '.join(known)}."
         )
-    return CalibratedMethod(name, "a recipe of the user", start, recipe)
+    return CalibratedMethod(name, "a recipe of the user", start, pairs, recipe)
 
 
 def table_method(table: Any, *, scales: AbsMax | Search | None = None, name: str = "table") -> TableMethod:
