@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Factor", "ScalarTable", "Table", "damped", "factorized", "feed_back", "table_for"]
+__all__ = ["BLOCK", "Factor", "Table", "damped", "diagonal_blocks", "factorized", "feed_back", "table_for"]
 
 BLOCK = 128
 """Columns that are rounded before the columns behind them are updated, in one product."""
@@ -100,7 +100,7 @@ class Table:
 
         Args:
             values: float32 ``[p, N]`` in units of their scales.
-            factor: upper triangular ``[p, p]``, the root of what an error costs.
+            factor: ``[p, p]``, the root of what an error costs.
         """
         raise NotImplementedError
 
@@ -109,7 +109,7 @@ class Table:
         raise NotImplementedError
 
 
-class ScalarTable(Table):
+class _ScalarTable(Table):
     """A table ``[E]`` of float32, in any order."""
 
     vector_size = 1
@@ -145,7 +145,7 @@ class _PairTable(Table):
 
 def table_for(values: Tensor) -> Table:
     """The encoder of a table, float32 ``[E]`` or ``[E, 2]``."""
-    return ScalarTable(values) if values.ndim == 1 else _PairTable(values)
+    return _ScalarTable(values) if values.ndim == 1 else _PairTable(values)
 
 
 def feed_back(weight: Tensor, scales: Tensor, table: Table, factor: Factor, *, block: int = BLOCK) -> Tensor:
@@ -173,16 +173,15 @@ def feed_back(weight: Tensor, scales: Tensor, table: Table, factor: Factor, *, b
     groups = (order // group).tolist()
     codes = torch.empty(k // size, n, dtype=torch.int64, device=weight.device)
     places = (order[::size] // size).tolist()
+    # An error e of a step costs |e R^-1|^2, where all that follows is free and R is the factor's block.
+    backs = torch.linalg.inv(diagonal_blocks(upper, size))
     for start in range(0, k, block):
         stop = min(start + block, k)
         errors = torch.empty(stop - start, n, device=weight.device)
         local = upper[start:stop, start:stop]
         for i in range(0, stop - start, size):
             j = start + i
-            root = local[i : i + size, i : i + size]
-            values = waiting[j : j + size]
-            # The cost of an error e of this step, all that follows being free, is |e root^-1|^2.
-            back = 1 / root if size == 1 else _inverse_of_two(root)
+            values, back = waiting[j : j + size], backs[j // size]
             code = table.nearest(values * inverse[groups[j]], back)
             codes[places[j // size]] = code
             error = back.T @ (values - table.lookup(code) * scale[groups[j]])
@@ -194,7 +193,8 @@ def feed_back(weight: Tensor, scales: Tensor, table: Table, factor: Factor, *, b
     return codes.T.contiguous()
 
 
-def _inverse_of_two(root: Tensor) -> Tensor:
-    """Of an upper triangular ``[2, 2]``."""
-    a, b, d = root[0, 0], root[0, 1], root[1, 1]
-    return torch.stack([torch.stack([1 / a, -b / (a * d)]), torch.stack([torch.zeros_like(a), 1 / d])])
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """The blocks ``[K / size, size, size]`` on the diagonal of ``[K, K]``."""
+    count = len(matrix) // size
+    steps = torch.arange(count, device=matrix.device)
+    return matrix.view(count, size, count, size)[steps, :, steps]

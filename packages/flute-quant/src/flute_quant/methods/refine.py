@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flute_quant.methods.feedback import BLOCK, Table, table_for
+from flute_quant.methods.feedback import BLOCK, Table, diagonal_blocks, table_for
 
 __all__ = ["Fitted", "cost", "refit_scales", "refit_table", "sweep_codes"]
 
@@ -132,7 +132,9 @@ class _Spread:
         # The value's number for every weight: of a pair its first component, then its second.
         numbers = fitted.codes[..., None] * size + torch.arange(size, device=fitted.codes.device)
         self._number = numbers.view(n, -1)
-        self._unknown = unknown
+        flat = self._number.view(-1)
+        self._sorted = flat.argsort(stable=True)
+        self._counts = torch.bincount(flat, minlength=unknown)
 
     def expand(self, values: Tensor) -> Tensor:
         """Float32 ``[N, K]`` of float64 ``[U]``."""
@@ -140,14 +142,9 @@ class _Spread:
 
     def project(self, weights: Tensor) -> Tensor:
         """Float64 ``[U]`` of ``[N, K]``: sums over the weights that have a value, times their scales."""
-        scaled = weights * self.scale
-        if scaled.device.type == "cpu":
-            return torch.bincount(self._number.view(-1), scaled.view(-1).to(torch.float64), self._unknown)
-        # A GPU's bincount adds in no fixed order.
-        sums = [
-            torch.where(self._number == u, scaled, 0.0).sum(dtype=torch.float64) for u in range(self._unknown)
-        ]
-        return torch.stack(sums)
+        # Sorted, because a GPU's bincount adds in no fixed order.
+        sorted_ = (weights * self.scale).view(-1)[self._sorted].to(torch.float64)
+        return torch.segment_reduce(sorted_, "sum", lengths=self._counts, initial=0.0)
 
 
 def sweep_codes(
@@ -172,19 +169,18 @@ def sweep_codes(
     codes = fitted.codes.T.contiguous()
     difference = (weight - fitted.weight()).T[order].contiguous()
     pull = matrix @ difference
+    blocks = diagonal_blocks(matrix, size)
+    roots, inverses = torch.linalg.cholesky(blocks), torch.linalg.inv(blocks)
     for start in range(0, k, block):
         stop = min(start + block, k)
         steps = torch.zeros(stop - start, n, device=weight.device)
         local = matrix[start:stop, start:stop]
         for i in range(0, stop - start, size):
             j, place = start + i, places[(start + i) // size]
-            own = local[i : i + size, i : i + size]
             before = table.lookup(codes[place]) * scale[groups[j]]
-            root = own.sqrt() if size == 1 else torch.linalg.cholesky(own)
+            root = roots[j // size]
             # Where these columns would be without a grid.
-            target = before + (
-                pull[j : j + size] / own if size == 1 else torch.linalg.solve(own, pull[j : j + size])
-            )
+            target = before + inverses[j // size] @ pull[j : j + size]
             code = table.nearest(target * inverse[groups[j]], root)
             after = table.lookup(code) * scale[groups[j]]
             # Ties, and groups of scale zero, stay.
