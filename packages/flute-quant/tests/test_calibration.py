@@ -595,5 +595,10 @@ def test_the_command_line(
     assert "Calibrated with 8 x 64 tokens instead of 8 x 128, because the model takes 64" in shown.err
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["method"] == "mine"
+    estimate = ["--method", "calibrated", "--overwrite", "--dry-run"]
+    assert main([*arguments, *estimate, *calibration]) == 0
+    assert "method calibrated, estimated time" in capsys.readouterr().out
+    assert main([*arguments, *estimate]) == 2
+    assert "it needs a text or tokens to calibrate with" in capsys.readouterr().err
     assert main([*arguments, "--method", "calibrated", "--overwrite"]) == 2
     assert "it needs a text or tokens to calibrate with" in capsys.readouterr().err

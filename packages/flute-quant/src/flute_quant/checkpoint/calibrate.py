@@ -7,6 +7,7 @@ tokens through them to where it goes on: activations are not kept.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +29,15 @@ from flute_quant.checkpoint.structure import build_structure, quiet_transformers
 from flute_quant.checkpoint.workfolder import write_synced
 from flute_quant.errors import QuantizationError
 from flute_quant.importance.tokens import NoPassError, input_embedding
+from flute_quant.methods import CalibratedMethod, InputMoments
 from flute_quant.plan import PlannedLinear
-from flute_quant.tensor import ErrorStats
+from flute_quant.tensor import ErrorStats, fit_spec, quantize_tensor
 
-__all__ = ["Calibrated", "calibrate_folder"]
+__all__ = ["Calibrated", "calibrate_folder", "estimate_calibration", "kept_bytes"]
+
+_LAYERS = "calibrated"
+# The matrix that the estimate is made with.
+_ROWS, _COLUMNS = 256, 1024
 
 
 @dataclass
@@ -93,7 +99,7 @@ def calibrate_folder(
         QuantizationError: the model cannot be run layer by layer, the text is too short, inputs are not
             finite.
     """
-    folder = work / "calibrated"
+    folder = work / _LAYERS
     folder.mkdir(exist_ok=True)
     linears = {p.name: p for p in plan.modules.linears}
     with quiet_transformers(), torch.device("cpu"):
@@ -134,6 +140,43 @@ def calibrate_folder(
         except NoPassError as error:
             raise QuantizationError(f"{plan.folder.path} cannot be calibrated: {error}.") from None
     return calibrated
+
+
+def kept_bytes(plan: CheckpointPlan, work: Path) -> int:
+    """Bytes that finished layers will take in the work folder beside those that are there."""
+    there = sum(file.stat().st_size for file in (work / _LAYERS).glob("*.safetensors"))
+    return max(0, round(plan.bits_per_weight * plan.weights / 8) - there)
+
+
+def estimate_calibration(plan: CheckpointPlan, text: CalibrationText, device: torch.device) -> float:
+    """Seconds that :func:`calibrate_folder` will take, from one matrix of 256 x 1024 and one product."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(_ROWS, _COLUMNS, generator=generator).to(device)
+    x = torch.randn(2 * _COLUMNS, _COLUMNS, generator=generator).to(device)
+    spec, _ = fit_spec(plan.modules.linears[0].spec, _COLUMNS)
+    inputs = InputMoments(x.T @ x / len(x), None, len(x))
+    quantize_tensor(weight[:32], spec, method=plan.method, inputs=inputs)
+    started = time.monotonic()
+    quantize_tensor(weight, spec, method=plan.method, inputs=inputs)
+    once = time.monotonic() - started
+    # On a CPU the products with the Hessian count; on a GPU the columns, which follow one another.
+    if device.type == "cpu":
+        size = sum(p.weights * p.in_features for p in plan.modules.linears) / (_ROWS * _COLUMNS**2)
+    else:
+        size = sum(p.in_features for p in plan.modules.linears) / _COLUMNS
+    x = x.to(compute_dtype(plan.folder, device))
+    weight = weight.to(x.dtype)
+    float(torch.nn.functional.linear(x, weight)[0, 0])  # waits for a GPU
+    started = time.monotonic()
+    float(torch.nn.functional.linear(x, weight)[0, 0])
+    product = (time.monotonic() - started) / (len(x) * _ROWS * _COLUMNS)
+    recipe = plan.method.recipe if isinstance(plan.method, CalibratedMethod) else None
+    passes = 1 + (recipe is None or recipe.propagate) + (recipe is not None and recipe.correction > 0)
+    tokens = text.sequences * text.length
+    # A module's inputs are multiplied with themselves as well.
+    squares = sum(p.in_features**2 for p in plan.modules.linears)
+    others = plan.coverage.total - plan.coverage.embeddings
+    return once * size + product * tokens * (passes * others + squares)
 
 
 def _watchable(model: torch.nn.Module) -> None:

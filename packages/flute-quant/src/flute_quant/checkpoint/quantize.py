@@ -18,7 +18,12 @@ from torch import Tensor
 
 from flute_kernels import QuantSpec
 from flute_quant.calibration.text import OUTSIDE, CalibrationText, check_calibration
-from flute_quant.checkpoint.calibrate import Calibrated, calibrate_folder
+from flute_quant.checkpoint.calibrate import (
+    Calibrated,
+    calibrate_folder,
+    estimate_calibration,
+    kept_bytes,
+)
 from flute_quant.checkpoint.gguf import convert_gguf, find_gguf
 from flute_quant.checkpoint.layout import CheckpointPlan, Coverage, Shard, plan_folder
 from flute_quant.checkpoint.measure import (
@@ -255,6 +260,8 @@ def quantize_checkpoint(
             plan = plan_folder(CheckpointFolder.open(converted), spec, **options)
             plan.coverage.require(min_coverage)
         needed = plan.output_bytes + sum(f.stat().st_size for f in plan.folder.side_files())
+        if calibration is not None:  # its layers lie beside the output until that is whole
+            needed += kept_bytes(plan, work.path)
         with work.disk_errors(needed):
             work.require_space(needed)
             tell = _Teller(plan.weights, progress)
@@ -296,13 +303,22 @@ def quantize_checkpoint(
 
 
 def estimate_seconds(
-    plan: CheckpointPlan, device: str | torch.device = "cpu", importance: ImportanceOption = "auto"
+    plan: CheckpointPlan,
+    device: str | torch.device = "cpu",
+    importance: ImportanceOption = "auto",
+    calibration: CalibrationText | None = None,
 ) -> float:
     """Time that quantizing will take, reading and writing aside, from the speed on two million weights.
 
-    Where the importance of input channels is measured, that pass is a part of it.
+    Where the importance of input channels is measured, that pass is a part of it; so are calibration's.
+
+    Raises:
+        QuantizationError: a method that is calibrated, without a text.
     """
     device = _checked_device(device)
+    check_calibration(plan.method, calibration, importance)
+    if calibration is not None:
+        return estimate_calibration(plan, calibration, device)
     rows, columns = 512, 4096
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
     specs = {p.spec for p in plan.modules.linears}

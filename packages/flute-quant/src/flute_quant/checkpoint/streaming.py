@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flute_quant.checkpoint.names import MergeRules, parameter_names
+from flute_quant.checkpoint.safetensors_reader import DTYPES
 from flute_quant.checkpoint.source import CheckpointFolder
 from flute_quant.importance.tokens import NoPassError
 from flute_quant.patterns import has_part
@@ -112,7 +113,11 @@ class StreamedModel:
 
     def put_matrices(self, values: Mapping[str, Tensor]) -> None:
         """See :class:`~flute_quant.calibration.store.LayerStore`."""
-        changed = {f"{name}.weight": value for name, value in values.items()}
+        changed = {}
+        for name, value in values.items():
+            # Like its siblings from the file, with which it is merged.
+            stored = self._folder.tensor(f"{name}.weight")
+            changed[f"{name}.weight"] = value.to("cpu", DTYPES[stored.dtype])
         for parameter in {self._parameter_of[tensor] for tensor in changed}:
             owner_name, _, key = parameter.rpartition(".")
             owner = self._model.get_submodule(owner_name)

@@ -171,7 +171,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         with plan_checkpoint(options.src, spec, **choices) as plan:
             plan.coverage.require(options.min_coverage)
-            seconds = estimate_seconds(plan, options.device, importance)
+            seconds = estimate_seconds(plan, options.device, importance, calibration)
             _print_notes({p.name: p.note for p in plan.modules.linears if p.note}, plan.coverage)
             print(
                 f"Would write {size(plan.output_bytes)} ({size(plan.source_bytes)} before), "

@@ -36,7 +36,6 @@ class CalibratedMethod:
     start_of_pairs: TableMethod | None = None
     recipe: Recipe = field(default_factory=Recipe)
     wants_importance: bool = True
-    wants_inputs: bool = True
 
     @property
     def identity(self) -> str:
