@@ -5,7 +5,7 @@
 The protocol is that of ``quality.py``: another order of the channels for every seed, evenly spaced windows,
 the model in bfloat16. A run of ``runs.json`` is a name with ``bits``, ``group_size``, ``vector_size`` and
 ``hadamard`` where they differ from the defaults, and either ``method`` or a ``recipe``; ``"calibration":
-false`` leaves the text out.
+false`` leaves the text out; ``"learn"`` has options of ``learn_scales``, which then follows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from permute import permute_channels
 from quality import _check_same, _compare, _cpu, _load, _logits, _negative_log_likelihood, _windows
 
 from flute_kernels import QuantSpec
-from flute_quant import CalibrationText, Recipe, quantize_model, recipe_method
+from flute_quant import CalibrationText, Recipe, learn_scales, quantize_model, recipe_method
 from flute_quant.calibration.run import dequantized
 from flute_quant.calibration.text import parse_amount
 from flute_quant.version import package_version
@@ -74,6 +74,8 @@ def main() -> None:
                 method=recipe_method(Recipe.from_dict(run["recipe"])) if "recipe" in run else run["method"],
                 calibration=tokens if run.get("calibration", True) else None,
             )
+            if "learn" in run:
+                linears = learn_scales(model, linears, tokens, **run["learn"])
             seconds, cpu_seconds = time.monotonic() - started, time.process_time() - busy
             for module, linear in linears.items():
                 runner.get_submodule(module).weight.data.copy_(dequantized(linear))

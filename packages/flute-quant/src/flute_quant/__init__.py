@@ -23,6 +23,7 @@ from flute_quant.importance import (
     load_importance,
     random_token_importance,
 )
+from flute_quant.learning import learn_scales
 from flute_quant.methods import (
     Recipe,
     load_recipe,
@@ -61,6 +62,7 @@ __all__ = [
     "estimate_seconds",
     "fit_spec",
     "inspect_checkpoint",
+    "learn_scales",
     "load_dequantized",
     "load_importance",
     "load_recipe",
