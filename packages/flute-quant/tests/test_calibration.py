@@ -416,6 +416,21 @@ def test_an_expert_is_quantized_for_the_inputs_that_it_has(checkpoints: Checkpoi
             assert same > 0.9, name  # sums in another order round a few codes otherwise
 
 
+@pytest.mark.parametrize("spec", [SPEC, QuantSpec(3, 32, hadamard=32, hadamard_seed=5)])
+def test_a_hessian_shrinks_to_what_is_known_of_each_channel(spec: QuantSpec) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(100, 64) @ torch.randn(64, 64)
+    moments, alone = x.T @ x / 100, (x.T @ x / 100).diagonal().diag()
+
+    def turned(matrix: Tensor) -> Tensor:
+        return rotate(rotate(matrix, 32, 5).T, 32, 5) if spec.hadamard else matrix
+
+    for strength in (0.0, 0.25, 1.0):
+        found = calibrated._shrunk(turned(moments).clone(), strength, spec)
+        expected = turned((1 - strength) * moments + strength * alone)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_a_singular_hessian_takes_more_damping_which_is_noted() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(32, 64), torch.randn(5, 64)

@@ -14,6 +14,7 @@ from flute_quant.methods.feedback import Factor, damped, factorized, feed_back, 
 from flute_quant.methods.recipe import Recipe
 from flute_quant.methods.refine import Fitted, refit_scales, refit_table, sweep_codes
 from flute_quant.methods.table_method import LearnedTable, TableMethod
+from flute_quant.rotation import rotate, unrotate
 
 __all__ = ["CalibratedMethod"]
 
@@ -73,7 +74,7 @@ class CalibratedMethod:
             return first, None
         note = None
         size = _vector_size(first)
-        _shrink(hessian, recipe.shrink)
+        hessian = _shrunk(hessian, recipe.shrink, spec)
         factor = factorized(hessian, damping=recipe.damping, by_activation=recipe.act_order, vector_size=size)
         if factor is None:
             return first, (
@@ -155,10 +156,21 @@ def _encoded(
     )
 
 
-def _shrink(hessian: Tensor, strength: float) -> None:
-    """Draw a matrix to its diagonal, in place."""
+def _shrunk(hessian: Tensor, strength: float, spec: QuantSpec) -> Tensor:
+    """Draw a matrix to its diagonal, in the basis of the inputs themselves; may overwrite its argument.
+
+    A rotation mixes channels on purpose: what is known of each of them is off the diagonal behind it.
+    """
+    if not strength:
+        return hessian
+    rotation = (spec.hadamard, spec.hadamard_seed)
+    if spec.hadamard:
+        hessian = unrotate(unrotate(hessian, *rotation).T.contiguous(), *rotation)
     diagonal = hessian.diagonal().clone()
     hessian.mul_(1 - strength).diagonal().copy_(diagonal)
+    if spec.hadamard:
+        hessian = rotate(rotate(hessian, *rotation).T.contiguous(), *rotation)
+    return hessian
 
 
 def _corrected(weight: Tensor, drift: Tensor, factor: Factor, strength: float) -> Tensor:

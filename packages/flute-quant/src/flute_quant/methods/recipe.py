@@ -32,9 +32,9 @@ class Recipe:
         feedback: whether errors are fed back from column to column.
         act_order: whether the columns of the largest inputs are rounded first.
         damping: added to the Hessian's diagonal, as a fraction of its mean.
-        shrink: how far the Hessian is drawn to its own diagonal, from 0 to 1. The calibration text is not the
-            text that the model will see: what it says of pairs of channels is believed less than what it
-            says of each.
+        shrink: how far the Hessian is drawn to its own diagonal (before a rotation), from 0 to 1. The text is
+            not the one that the model will see: what it says of pairs of channels is believed less than what
+            it says of each.
         rounds: rounds of alternating least squares.
         refit: what each of them solves for, among :data:`REFITS`.
         propagate: whether a layer's inputs are those of the quantized model instead of the 16-bit one.

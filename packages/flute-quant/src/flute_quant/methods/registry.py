@@ -101,7 +101,7 @@ for _method in (
         "error feedback, then scales, table and codes by alternating least squares",
         _SIGNED,
         _PAIRS,
-        Recipe(shrink=0.2, damping=0.1, rounds=1),
+        Recipe(shrink=0.3, damping=0.1, rounds=1),
     ),
 ):
     _METHODS[_method.name] = _method
