@@ -128,7 +128,7 @@ def load_recipe(path: str | Path) -> Recipe:
         import yaml
     except ModuleNotFoundError:
         raise QuantizationError(
-            f"{path} is YAML, which needs PyYAML (pip install pyyaml); a .json file needs nothing."
+            f"{path} is YAML, which needs PyYAML (pip install flute-quant[yaml]); a .json file needs nothing."
         ) from None
     try:
         return Recipe.from_dict(yaml.safe_load(text))
