@@ -462,6 +462,11 @@ def test_where_no_damping_helps_the_start_is_the_result_and_it_is_noted() -> Non
     ]
 
 
+def test_a_calibrated_method_takes_no_weight_without_inputs() -> None:
+    with pytest.raises(QuantizationError, match="it needs the moments of the inputs of w"):
+        quantize_tensor(torch.randn(32, 64), SPEC, method="gptq", name="w")
+
+
 def test_notes_of_modules_reach_the_report(checkpoints: Checkpoints, tmp_path: Path) -> None:
     report = quantize_checkpoint(
         checkpoints("llama"),

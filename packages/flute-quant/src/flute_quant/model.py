@@ -20,7 +20,7 @@ from flute_quant.importance import (
     random_token_importance,
 )
 from flute_quant.importance.tokens import input_embedding
-from flute_quant.methods import Method, resolve_method
+from flute_quant.methods import Method, data_free_method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear, QuantizationPlan, plan_modules
 from flute_quant.tensor import ErrorStats, quantize_tensor
@@ -119,7 +119,7 @@ def quantize_model(
         linears[planned.name], errors[planned.name] = quantize_tensor(
             module.weight,
             planned.spec,
-            method=chosen,
+            method=data_free_method(chosen, planned.spec),
             name=f"{planned.name}.weight",
             bias=None if bias is None else bias.detach(),
             scale_dtype=scale_dtype,

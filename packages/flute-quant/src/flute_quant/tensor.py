@@ -126,6 +126,10 @@ def quantize_tensor(
         else:
             if inputs is not None:
                 importance = inputs.importance()
+            elif isinstance(chosen, CalibratedMethod):
+                raise QuantizationError(
+                    f"The method {chosen.name!r} is calibrated; it needs the moments of the inputs of {name}."
+                )
             encoded = chosen.encode(rows, spec, scale_dtype=scale_dtype, importance=importance)
         qweight = _pack(encoded.codes, spec)
     linear = QuantizedLinear(spec, qweight, encoded.scales, encoded.codebook, bias)

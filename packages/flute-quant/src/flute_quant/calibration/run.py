@@ -19,7 +19,7 @@ from flute_quant.calibration.meter import MomentMeter
 from flute_quant.calibration.store import LayerStore
 from flute_quant.importance.channels import column_importance
 from flute_quant.importance.tokens import evaluating
-from flute_quant.methods import CalibratedMethod, InputMoments, Method
+from flute_quant.methods import CalibratedMethod, InputMoments, Method, data_free_method
 from flute_quant.methods.parallel import ordinary_tensors
 from flute_quant.plan import PlannedLinear
 from flute_quant.rotation import unrotate
@@ -205,7 +205,7 @@ def _quantize(
             linear, error = quantize_tensor(
                 weight,
                 p.spec,
-                method=method,
+                method=method if p.name in moments else data_free_method(method, p.spec),
                 name=f"{p.name}.weight",
                 bias=None if bias is None else bias.detach(),
                 scale_dtype=scale_dtype,

@@ -49,7 +49,7 @@ from flute_quant.importance import (
     resolve_importance,
 )
 from flute_quant.importance.tokens import LENGTH, SEED, SEQUENCES
-from flute_quant.methods import Method, resolve_method
+from flute_quant.methods import Method, data_free_method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear
 from flute_quant.tensor import quantize_tensor
@@ -438,7 +438,7 @@ def _write_linear(
     linear, error = quantize_tensor(
         weight,
         planned.spec,
-        method=plan.method,
+        method=data_free_method(plan.method, planned.spec),
         name=tensor,
         scale_dtype=scale_dtype,
         importance=importance.of(planned.name, weight, planned.spec),

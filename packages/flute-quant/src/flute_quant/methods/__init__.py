@@ -5,6 +5,7 @@ from flute_quant.methods.calibrated import CalibratedMethod
 from flute_quant.methods.recipe import Recipe, load_recipe
 from flute_quant.methods.registry import (
     ALIASES,
+    data_free_method,
     method_names,
     methods,
     recipe_method,
@@ -28,6 +29,7 @@ __all__ = [
     "Search",
     "TableMethod",
     "WeightRows",
+    "data_free_method",
     "load_recipe",
     "method_names",
     "methods",

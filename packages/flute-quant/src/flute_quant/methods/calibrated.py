@@ -103,6 +103,10 @@ class CalibratedMethod:
                 fitted = sweep_codes(target, fitted, matrix, factor.order)
         return _encoded(fitted, weight, first, spec, scale_dtype), note
 
+    def without_data(self, spec: QuantSpec) -> TableMethod:
+        """What quantizes a weight of which no inputs are known."""
+        return self._start(spec)
+
     def _start(self, spec: QuantSpec) -> TableMethod:
         of_pairs = self.start_of_pairs if spec.vector_size == 2 else None
         return self._adapted(self.start if of_pairs is None else of_pairs)

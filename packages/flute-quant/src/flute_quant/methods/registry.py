@@ -26,6 +26,7 @@ from flute_quant.methods.table_method import LearnedTable, TableMethod, TableSou
 
 __all__ = [
     "ALIASES",
+    "data_free_method",
     "method_names",
     "methods",
     "recipe_method",
@@ -101,7 +102,7 @@ for _method in (
         "error feedback, then scales, table and codes by alternating least squares",
         _SIGNED,
         _PAIRS,
-        Recipe(shrink=0.3, damping=0.1, rounds=1),
+        Recipe(shrink=0.3, damping=0.1, rounds=2),
     ),
 ):
     _METHODS[_method.name] = _method
@@ -165,6 +166,11 @@ def recipe_method(recipe: Recipe, *, name: str = "recipe") -> CalibratedMethod:
             f"expected a data-free method, one of {', '.join(known)}."
         )
     return CalibratedMethod(name, "a recipe of the user", start, pairs, recipe)
+
+
+def data_free_method(method: Method, spec: QuantSpec) -> Method:
+    """The method for a weight of which no inputs are known: what a calibrated one starts from, or itself."""
+    return method.without_data(spec) if isinstance(method, CalibratedMethod) else method
 
 
 def table_method(table: Any, *, scales: AbsMax | Search | None = None, name: str = "table") -> TableMethod:
