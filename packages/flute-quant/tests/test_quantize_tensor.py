@@ -18,13 +18,19 @@ from flute_quant import (
     resolve_method,
     table_method,
 )
-from flute_quant.methods import AbsMax, Loss, Search, TableMethod, methods
+from flute_quant.methods import AbsMax, CalibratedMethod, InputMoments, Loss, Search, TableMethod, methods
 from flute_quant.methods.registry import ALIASES
 from flute_quant.rotation import unrotate
 
 
 def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs_of(method: str, columns: int) -> InputMoments | None:
+    """Independent inputs for the methods that need some."""
+    calibrated = isinstance(methods()[method], CalibratedMethod)
+    return InputMoments(torch.eye(columns), None, columns) if calibrated else None
 
 
 def spec_of(method: str, bits: int, **more: int) -> QuantSpec:
@@ -61,7 +67,8 @@ def test_the_noted_error_is_that_of_the_stored_tensors(method: str, bits: int) -
     if method == "fp" and bits == 2:
         pytest.skip("a float table of 2 bits is not defined")
     weight = gaussian(96, 256)
-    linear, error = quantize_tensor(weight, spec_of(method, bits, group_size=64), method=method)
+    spec = spec_of(method, bits, group_size=64)
+    linear, error = quantize_tensor(weight, spec, method=method, inputs=inputs_of(method, 256))
     actual = (linear.dequantize() - weight).double().square().sum()
     assert error.squared_error == pytest.approx(float(actual), rel=1e-3)
     assert error.energy == pytest.approx(float(weight.double().square().sum()), rel=1e-5)
@@ -122,7 +129,8 @@ def test_a_group_of_zeros_stays_zero_and_its_neighbours_are_untouched() -> None:
     weight = gaussian(4, 128)
     weight[1, 64:] = 0
     for method in methods():
-        linear, error = quantize_tensor(weight, spec_of(method, 4), method=method)
+        spec, inputs = spec_of(method, 4), inputs_of(method, 128)
+        linear, error = quantize_tensor(weight, spec, method=method, inputs=inputs)
         assert float(linear.dequantize()[1, 64:].abs().max()) == 0, method
         assert error.relative < 0.02
     linear, error = quantize_tensor(torch.zeros(4, 64), QuantSpec(), method="lloyd")

@@ -5,6 +5,7 @@ for a torch module in memory, :func:`quantize_checkpoint` for a folder on disk.
 """
 
 from flute_quant.allocation import Allocation, allocate_checkpoint, allocate_model
+from flute_quant.calibration.text import CalibrationText
 from flute_quant.checkpoint.compare import Comparison, compare_checkpoints, load_dequantized
 from flute_quant.checkpoint.harness import evaluate_checkpoint
 from flute_quant.checkpoint.inspect import Inspection, LayerInfo, inspect_checkpoint
@@ -25,7 +26,16 @@ from flute_quant.importance import (
     random_token_importance,
 )
 from flute_quant.importers import ImportReport, import_checkpoint, importer_names
-from flute_quant.methods import method_names, register_method, resolve_method, table_method
+from flute_quant.learning import learn_scales
+from flute_quant.methods import (
+    Recipe,
+    load_recipe,
+    method_names,
+    recipe_method,
+    register_method,
+    resolve_method,
+    table_method,
+)
 from flute_quant.model import ModelReport, quantize_model
 from flute_quant.patterns import Override
 from flute_quant.plan import DEFAULT_IGNORE, PlannedLinear, QuantizationPlan, plan_modules
@@ -35,6 +45,7 @@ __all__ = [
     "DEFAULT_IGNORE",
     "IMPORTANCE_OPTIONS",
     "Allocation",
+    "CalibrationText",
     "CheckpointError",
     "CheckpointPlan",
     "CheckpointReport",
@@ -50,6 +61,7 @@ __all__ = [
     "Progress",
     "QuantizationError",
     "QuantizationPlan",
+    "Recipe",
     "allocate_checkpoint",
     "allocate_model",
     "column_importance",
@@ -60,8 +72,10 @@ __all__ = [
     "import_checkpoint",
     "importer_names",
     "inspect_checkpoint",
+    "learn_scales",
     "load_dequantized",
     "load_importance",
+    "load_recipe",
     "load_table",
     "method_names",
     "plan_checkpoint",
@@ -70,6 +84,7 @@ __all__ = [
     "quantize_model",
     "quantize_tensor",
     "random_token_importance",
+    "recipe_method",
     "register_method",
     "resolve_method",
     "table_method",

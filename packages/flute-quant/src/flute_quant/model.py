@@ -6,9 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear, QuantSpec
+from flute_quant.calibration.run import calibrate_layers
+from flute_quant.calibration.store import InMemory
+from flute_quant.calibration.text import OUTSIDE, check_calibration, check_tokens
 from flute_quant.importance import (
     ChannelImportance,
     ImportanceOption,
@@ -16,7 +19,8 @@ from flute_quant.importance import (
     planned_importance,
     random_token_importance,
 )
-from flute_quant.methods import Method, resolve_method
+from flute_quant.importance.tokens import input_embedding
+from flute_quant.methods import Method, data_free_method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear, QuantizationPlan, plan_modules
 from flute_quant.tensor import ErrorStats, quantize_tensor
@@ -35,6 +39,8 @@ class ModelReport:
         parameters: parameters of the model, tied ones once.
         importance: where the importance of input channels came from; its note says why it was not
             measured as asked.
+        calibration: module name to what calibration had to do differently for it, in words; None where
+            nothing was calibrated.
     """
 
     plan: QuantizationPlan
@@ -42,6 +48,7 @@ class ModelReport:
     errors: dict[str, ErrorStats]
     parameters: int
     importance: ChannelImportance
+    calibration: dict[str, str] | None = None
 
     @property
     def covered(self) -> int:
@@ -59,6 +66,7 @@ def quantize_model(
     overrides: Sequence[Override] = (),
     scale_dtype: torch.dtype = torch.float16,
     importance: ImportanceOption = "auto",
+    calibration: Tensor | None = None,
     progress: Callable[[PlannedLinear, ErrorStats], None] | None = None,
 ) -> tuple[dict[str, QuantizedLinear], ModelReport]:
     """Quantize a model's linear modules where they are; the model itself is not changed.
@@ -71,6 +79,8 @@ def quantize_model(
             :data:`~flute_quant.importance.IMPORTANCE_OPTIONS` or module name to float32 ``[K]`` for the
             modules that have one. To measure it, a Transformers model runs 3,072 random tokens; what
             cannot be measured is guessed from the weights' columns.
+        calibration: token ids ``[S, L]``, whose inputs to every linear module are what it is quantized for.
+            Methods made for it need it; for others it measures the importance of input channels.
         progress: called after every module.
 
     Returns:
@@ -81,17 +91,35 @@ def quantize_model(
     """
     chosen = resolve_method(method, spec)
     plan = plan_modules(model, spec, ignore=ignore, include=include, overrides=overrides)
-    weighting = importance_in_memory(model, plan, chosen, importance)
     linears: dict[str, QuantizedLinear] = {}
     errors: dict[str, ErrorStats] = {}
+    notes: dict[str, str] | None = None
+    check_calibration(chosen, calibration, importance)
+    if calibration is None:
+        weighting = importance_in_memory(model, plan, chosen, importance)
+    else:
+        weighting = ChannelImportance("calibration text", columns=True)
+        notes = {}
+        embedding = input_embedding(model)
+        tokens = check_tokens(calibration, 0 if embedding is None else embedding.num_embeddings)
+        for layer in calibrate_layers(
+            InMemory(model), plan.linears, tokens, chosen, scale_dtype=scale_dtype, progress=progress
+        ):
+            linears |= layer.linears
+            errors |= layer.errors
+            notes |= layer.notes
     for planned in plan.linears:
+        if planned.name in linears:
+            continue
+        if notes is not None:
+            notes[planned.name] = OUTSIDE
         module = model.get_submodule(planned.name)
         assert isinstance(module, nn.Linear)
         bias = module._parameters.get("bias")
         linears[planned.name], errors[planned.name] = quantize_tensor(
             module.weight,
             planned.spec,
-            method=chosen,
+            method=data_free_method(chosen, planned.spec),
             name=f"{planned.name}.weight",
             bias=None if bias is None else bias.detach(),
             scale_dtype=scale_dtype,
@@ -99,8 +127,12 @@ def quantize_model(
         )
         if progress is not None:
             progress(planned, errors[planned.name])
+    order = [p.name for p in plan.linears]
     parameters = sum(p.numel() for p in model.parameters())
-    return linears, ModelReport(plan, chosen.name, errors, parameters, weighting)
+    report = ModelReport(
+        plan, chosen.name, {name: errors[name] for name in order}, parameters, weighting, notes
+    )
+    return {name: linears[name] for name in order}, report
 
 
 def importance_in_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from flute_kernels import FormatError, QuantizedLinear, QuantSpec, pack_codes
 from flute_kernels.format import GROUP_SIZES, PER_ROW
 from flute_quant.errors import QuantizationError
-from flute_quant.methods import Method, WeightRows, resolve_method
+from flute_quant.methods import CalibratedMethod, InputMoments, Method, WeightRows, resolve_method
 from flute_quant.methods.parallel import map_chunks, ordinary_tensors
 
 __all__ = ["ErrorStats", "fit_spec", "quantize_tensor"]
@@ -78,6 +79,8 @@ def quantize_tensor(
     bias: Tensor | None = None,
     scale_dtype: torch.dtype = torch.float16,
     importance: Tensor | None = None,
+    inputs: InputMoments | None = None,
+    noted: Callable[[str], None] | None = None,
 ) -> tuple[QuantizedLinear, ErrorStats]:
     """Quantize a weight ``[N, K]`` on the device that it is on.
 
@@ -92,6 +95,9 @@ def quantize_tensor(
         scale_dtype: float16 or bfloat16. The scales are searched among values of that type.
         importance: float32 ``[K]`` or None, what an error in each input channel costs. It is in the
             rotated basis where the spec rotates.
+        inputs: moments of the layer's inputs, for methods that are calibrated. Others take the diagonal of
+            their Hessian as ``importance``.
+        noted: receives a clause where a calibrated method could not do all that it does.
 
     Returns:
         The stored tensors, which share no memory with anything but ``bias``, and the error (which a
@@ -113,7 +119,18 @@ def quantize_tensor(
         raise FormatError(f"{name}: {error}") from None
     with ordinary_tensors():
         chosen = resolve_method(method, spec)
-        encoded = chosen.encode(rows, spec, scale_dtype=scale_dtype, importance=importance)
+        if inputs is not None and isinstance(chosen, CalibratedMethod):
+            encoded, note = chosen.encode_inputs(rows, spec, inputs, scale_dtype=scale_dtype)
+            if note is not None and noted is not None:
+                noted(note)
+        else:
+            if inputs is not None:
+                importance = inputs.importance()
+            elif isinstance(chosen, CalibratedMethod):
+                raise QuantizationError(
+                    f"The method {chosen.name!r} is calibrated; it needs the moments of the inputs of {name}."
+                )
+            encoded = chosen.encode(rows, spec, scale_dtype=scale_dtype, importance=importance)
         qweight = _pack(encoded.codes, spec)
     linear = QuantizedLinear(spec, qweight, encoded.scales, encoded.codebook, bias)
     linear.validate(name.removesuffix("weight"))

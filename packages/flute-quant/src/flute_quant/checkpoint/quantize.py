@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flute_kernels import QuantSpec
+from flute_quant.calibration.text import OUTSIDE, CalibrationText, check_calibration
+from flute_quant.checkpoint.calibrate import (
+    Calibrated,
+    calibrate_folder,
+    estimate_calibration,
+    kept_bytes,
+)
 from flute_quant.checkpoint.gguf import convert_gguf, find_gguf
 from flute_quant.checkpoint.layout import CheckpointPlan, Coverage, Shard, plan_folder
 from flute_quant.checkpoint.measure import (
@@ -41,7 +49,7 @@ from flute_quant.importance import (
     resolve_importance,
 )
 from flute_quant.importance.tokens import LENGTH, SEED, SEQUENCES
-from flute_quant.methods import Method, resolve_method
+from flute_quant.methods import Method, data_free_method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear
 from flute_quant.tensor import quantize_tensor
@@ -89,9 +97,11 @@ class CheckpointReport:
         source_bytes, output_bytes: sizes of the weight files.
         bits_per_weight: of the quantized weights, with scales and tables.
         importance: where the importance of input channels came from: ``"random tokens"``,
-            ``"columns"``, ``"given"`` or ``"none"``.
+            ``"columns"``, ``"given"``, ``"calibration text"`` or ``"none"``.
         importance_note: a sentence where less was measured than asked for, or None.
-        resumed: files taken over from an interrupted run.
+        calibration: module name to what calibration had to do differently for it, in words; None where
+            nothing was calibrated.
+        resumed: files, and calibrated layers, taken over from an interrupted run.
         seconds: wall-clock time.
     """
 
@@ -105,6 +115,7 @@ class CheckpointReport:
     bits_per_weight: float
     importance: str
     importance_note: str | None
+    calibration: dict[str, str] | None
     resumed: int
     seconds: float
 
@@ -161,15 +172,17 @@ def quantize_checkpoint(
     min_coverage: float = _DEFAULT_COVERAGE,
     overwrite: bool = False,
     importance: ImportanceOption = "auto",
+    calibration: CalibrationText | Tensor | None = None,
     measuring: Callable[[int, int], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> CheckpointReport:
     """Quantize a Hugging Face checkpoint folder (or a GGUF file) into another folder.
 
-    One tensor is in memory at a time. The output appears under its name when it is complete; an
-    error leaves nothing behind; a run that was killed or interrupted leaves ``.DST.partial``, from
-    which the same call resumes at the first unfinished file and gives the same bytes.
+    One tensor is in memory at a time, or with ``calibration`` one layer and its inputs. The output
+    appears under its name when it is complete; an error leaves nothing behind; a run that was killed or
+    interrupted leaves ``.DST.partial``, from which the same call resumes at the first unfinished file or
+    layer and gives the same bytes.
 
     Args:
         src: folder with ``config.json`` and safetensors, or a GGUF file (or a folder with one).
@@ -183,13 +196,15 @@ def quantize_checkpoint(
         scale_dtype: float16 or bfloat16.
         experts: whether to quantize the experts of a mixture, too, each of their matrices by itself. vLLM
             runs them; Transformers, which merges them, does not.
-        device: where weights are quantized.
+        device: where weights are quantized; ``"cuda"`` is one GPU, or with ``calibration`` all of them.
         min_coverage: least fraction of the parameters outside of embeddings that must be quantized.
         overwrite: replace ``dst`` if it holds a FLUTE checkpoint.
         importance: what errors in each input channel cost, one of
             :data:`~flute_quant.importance.IMPORTANCE_OPTIONS` or module name to float32 ``[K]`` for the
             modules that have one. To measure it, 3,072 random tokens run through the model, whose
             weights are read one by one; what cannot be measured is guessed from the weights' columns.
+        calibration: a text, or token ids ``[S, L]``, whose inputs to every linear module are what it is
+            quantized for. Methods made for it need it; for others it measures the importance of channels.
         measuring: called during that pass with the modules reached so far, and in all.
         progress: called after every module.
         say: receives one sentence when an earlier partial output is resumed or discarded.
@@ -204,10 +219,11 @@ def quantize_checkpoint(
     spec = spec or QuantSpec()
     if not 0 <= min_coverage <= 1:
         raise QuantizationError(f"min_coverage is {min_coverage}; expected a fraction from 0 to 1.")
-    device = _checked_device(device)
+    device, devices = _checked_devices(device)
     gguf = find_gguf(src)
     check_destination(src, dst, overwrite)
     chosen = resolve_method(method, spec)
+    check_calibration(chosen, calibration, importance)
     options: dict[str, Any] = {
         "method": chosen,
         "ignore": tuple(ignore),
@@ -217,7 +233,7 @@ def quantize_checkpoint(
         "scale_dtype": scale_dtype,
         "experts": experts,
     }
-    kind = resolve_importance(importance, chosen)
+    kind = "none" if calibration is not None else resolve_importance(importance, chosen)
     # An ordinary folder is checked as far as its headers go before anything is written.
     plan = None if gguf else plan_folder(CheckpointFolder.open(src), spec, **options)
     if plan is not None:
@@ -232,6 +248,7 @@ def quantize_checkpoint(
             "method": chosen.identity,
         },
         "importance": _importance_print(kind, importance),
+        "calibration": None if calibration is None else _calibration_print(calibration),
     }
     with WorkFolder(dst, fingerprint, say or _silent) as work:
         if plan is None:
@@ -243,11 +260,30 @@ def quantize_checkpoint(
             plan = plan_folder(CheckpointFolder.open(converted), spec, **options)
             plan.coverage.require(min_coverage)
         needed = plan.output_bytes + sum(f.stat().st_size for f in plan.folder.side_files())
+        if calibration is not None:  # its layers lie beside the output until that is whole
+            needed += kept_bytes(plan, work.path)
         with work.disk_errors(needed):
             work.require_space(needed)
-            weighting = _importance(plan, work, device, importance, measuring)
-            errors, resumed = _write_shards(plan, work, device, scale_dtype, weighting, progress)
-            _write_side_files(plan, work, errors, weighting)
+            tell = _Teller(plan.weights, progress)
+            calibrated = Calibrated()
+            if calibration is not None:
+                calibrated = calibrate_folder(
+                    plan,
+                    work.path,
+                    calibration,
+                    device=device,
+                    devices=devices,
+                    scale_dtype=scale_dtype,
+                    progress=tell,
+                )
+                if calibrated.note is not None and say is not None:
+                    say(calibrated.note)
+                weighting = ChannelImportance("calibration text", columns=True)
+            else:
+                weighting = _importance(plan, work, device, importance, measuring)
+            errors, resumed = _write_shards(plan, work, device, scale_dtype, weighting, calibrated, tell)
+            notes = _calibration_notes(plan, calibrated) if calibration is not None else None
+            _write_side_files(plan, work, errors, weighting, calibrated, notes)
             work.finish()
     return CheckpointReport(
         path=dst,
@@ -260,19 +296,29 @@ def quantize_checkpoint(
         bits_per_weight=plan.bits_per_weight,
         importance=weighting.source,
         importance_note=weighting.note,
-        resumed=resumed,
+        calibration=notes,
+        resumed=resumed + calibrated.resumed,
         seconds=time.monotonic() - started,
     )
 
 
 def estimate_seconds(
-    plan: CheckpointPlan, device: str | torch.device = "cpu", importance: ImportanceOption = "auto"
+    plan: CheckpointPlan,
+    device: str | torch.device = "cpu",
+    importance: ImportanceOption = "auto",
+    calibration: CalibrationText | None = None,
 ) -> float:
     """Time that quantizing will take, reading and writing aside, from the speed on two million weights.
 
-    Where the importance of input channels is measured, that pass is a part of it.
+    Where the importance of input channels is measured, that pass is a part of it; so are calibration's.
+
+    Raises:
+        QuantizationError: a method that is calibrated, without a text.
     """
     device = _checked_device(device)
+    check_calibration(plan.method, calibration, importance)
+    if calibration is not None:
+        return estimate_calibration(plan, calibration, device)
     rows, columns = 512, 4096
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(device)
     specs = {p.spec for p in plan.modules.linears}
@@ -318,22 +364,36 @@ def _importance(
     return measured
 
 
+class _Teller:
+    """Counts weights for whoever follows the progress.
+
+    Args:
+        total: weights in all.
+        progress: who follows it.
+    """
+
+    def __init__(self, total: int, progress: Callable[[Progress], None] | None) -> None:
+        self._total = total
+        self._progress = progress
+        self._done = 0
+
+    def __call__(self, name: str, error: float | None, weights: int) -> None:
+        self._done += weights
+        if self._progress is not None:
+            self._progress(Progress(name, error, self._done, self._total))
+
+
 def _write_shards(
     plan: CheckpointPlan,
     work: WorkFolder,
     device: torch.device,
     scale_dtype: torch.dtype,
     importance: ChannelImportance,
-    progress: Callable[[Progress], None] | None,
+    calibrated: Calibrated,
+    tell: _Teller,
 ) -> tuple[dict[str, float], int]:
     errors: dict[str, float] = {}
-    done = resumed = 0
-
-    def tell(name: str, error: float | None, weights: int) -> None:
-        nonlocal done
-        done += weights
-        if progress is not None:
-            progress(Progress(name, error, done, plan.weights))
+    resumed = 0
 
     for shard in plan.shards:
         finished = work.report_of(shard.file)
@@ -341,11 +401,17 @@ def _write_shards(
         if finished is not None and path.stat().st_size == file_size(shard.slots):
             errors |= finished
             resumed += 1
-            tell(shard.file, None, sum(p.weights for p in shard.linears.values()))
+            counted = [p for p in shard.linears.values() if p.name not in calibrated.errors]
+            tell(shard.file, None, sum(p.weights for p in counted))
             continue
         report: dict[str, float] = {}
         with SafetensorsWriter(path, shard.slots) as writer:
             for tensor, planned in shard.linears.items():
+                if planned.name in calibrated.errors:
+                    for part, value in calibrated.tensors(planned).items():
+                        writer.write(tensor.removesuffix("weight") + part, value)
+                    report[planned.name] = calibrated.errors[planned.name]
+                    continue
                 error = _write_linear(plan, shard, tensor, planned, writer, device, scale_dtype, importance)
                 report[planned.name] = error
                 tell(planned.name, error, planned.weights)
@@ -372,7 +438,7 @@ def _write_linear(
     linear, error = quantize_tensor(
         weight,
         planned.spec,
-        method=plan.method,
+        method=data_free_method(plan.method, planned.spec),
         name=tensor,
         scale_dtype=scale_dtype,
         importance=importance.of(planned.name, weight, planned.spec),
@@ -410,7 +476,12 @@ def _pass_tensor(
 
 
 def _write_side_files(
-    plan: CheckpointPlan, work: WorkFolder, errors: dict[str, float], importance: ChannelImportance
+    plan: CheckpointPlan,
+    work: WorkFolder,
+    errors: dict[str, float],
+    importance: ChannelImportance,
+    calibrated: Calibrated,
+    notes: dict[str, str] | None,
 ) -> None:
     for file in plan.folder.side_files():
         shutil.copyfile(file, work.out / file.name)
@@ -432,12 +503,45 @@ def _write_side_files(
             for p in plan.modules.linears
         },
     }
+    if notes is not None:
+        sequences, length = calibrated.tokens
+        report["calibration"] = {"sequences": sequences, "length": length, "notes": notes}
     write_synced(work.out / REPORT_NAME, _json(report))
     write_synced(work.out / "config.json", _json(plan.config))
 
 
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def _calibration_print(calibration: CalibrationText | Tensor) -> str:
+    """What decides about the calibration beside the model and the method."""
+    import transformers
+
+    if isinstance(calibration, CalibrationText):
+        what = calibration.digest()
+    else:
+        values = calibration.detach().cpu().contiguous()
+        digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest() if values.ndim else ""
+        what = f"{digest}, tokens {list(values.shape)} {values.dtype}"
+    return f"{what}, Transformers {transformers.__version__}"
+
+
+def _calibration_notes(plan: CheckpointPlan, calibrated: Calibrated) -> dict[str, str]:
+    """What was done differently, module by module in the model's order."""
+    return {
+        p.name: calibrated.notes.get(p.name, OUTSIDE)
+        for p in plan.modules.linears
+        if p.name in calibrated.notes or p.name not in calibrated.errors
+    }
+
+
+def _checked_devices(device: str | torch.device) -> tuple[torch.device, list[torch.device]]:
+    """Where to work, and all devices that take part where the work is shared."""
+    chosen = _checked_device(device)
+    if chosen == torch.device("cuda"):  # no number: all of them
+        return torch.device("cuda:0"), [torch.device(f"cuda:{i}") for i in range(torch.cuda.device_count())]
+    return chosen, [chosen]
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

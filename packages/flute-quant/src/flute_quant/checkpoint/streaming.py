@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flute_quant.checkpoint.names import MergeRules, parameter_names
+from flute_quant.checkpoint.safetensors_reader import DTYPES
 from flute_quant.checkpoint.source import CheckpointFolder
 from flute_quant.importance.tokens import NoPassError
 from flute_quant.patterns import has_part
@@ -20,6 +22,7 @@ __all__ = ["StreamedModel"]
 # Buffers are tables of positions and frequencies. They are computed, not stored, so no file vouches for
 # their size.
 _MAX_COMPUTED = 256 << 20
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class StreamedModel:
@@ -48,6 +51,7 @@ class StreamedModel:
         self._model = model
         self._device = device
         self._sources = _sources(folder, model)
+        self._parameter_of = {t: name for name, tensors in self._sources.items() for t in tensors}
         self._computed = _compute_buffers(model, set(self._sources), device)
         owners = [(n, m) for n, m in model.named_modules() if self._stored(m)]
         self._units = _units(model, owners, whole_layers)
@@ -61,6 +65,64 @@ class StreamedModel:
         # The same ones between all calls: small new tensors between large old ones would keep the
         # memory of these from being returned.
         self._absent = {owner: self._stored(owner) for _, owner in owners}
+
+    @property
+    def model(self) -> nn.Module:
+        """The structure, whose modules have weights inside of the contexts alone."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    def running(self) -> AbstractContextManager[None]:
+        """Another name of :meth:`attached`, see :class:`~flute_quant.calibration.store.LayerStore`."""
+        return self.attached()
+
+    @contextmanager
+    def loaded(self, module: nn.Module) -> Iterator[None]:
+        """Inside of the context a module and all inside of it have their weights.
+
+        They may be replaced there; afterwards they are forgotten. Not to be mixed with :meth:`attached`.
+        """
+        inside = {id(m) for m in module.modules()}
+        owners = [(n, m) for n, m in self._model.named_modules() if id(m) in inside and m in self._absent]
+        try:
+            self._reader(owners)(module, ())
+            yield
+        finally:
+            self._dropper(owners)(module, (), None)
+
+    def slice_of(self, name: str) -> tuple[str, int] | None:
+        """See :class:`~flute_quant.calibration.store.LayerStore`; by the numbers in the tensor's name."""
+        tensor = f"{name}.weight"
+        parameter = self._parameter_of.get(tensor)
+        if parameter is None or parameter == tensor:
+            return None
+        numbers = _NUMBER.findall(tensor)
+        shared = _NUMBER.findall(parameter)
+        # Layer 3's expert 5: the parameter has the 3, the tensor a 5 more.
+        if numbers[: len(shared)] != shared or len(numbers) != len(shared) + 1:
+            return None
+        return parameter, int(numbers[-1])
+
+    def matrix(self, name: str) -> Tensor:
+        """See :class:`~flute_quant.calibration.store.LayerStore`."""
+        return self._tensor(f"{name}.weight")
+
+    def put_matrices(self, values: Mapping[str, Tensor]) -> None:
+        """See :class:`~flute_quant.calibration.store.LayerStore`."""
+        changed = {}
+        for name, value in values.items():
+            # Like its siblings from the file, with which it is merged.
+            stored = self._folder.tensor(f"{name}.weight")
+            changed[f"{name}.weight"] = value.to("cpu", DTYPES[stored.dtype])
+        for parameter in {self._parameter_of[tensor] for tensor in changed}:
+            owner_name, _, key = parameter.rpartition(".")
+            owner = self._model.get_submodule(owner_name)
+            absent = dict(self._absent[owner])[key]
+            _put(owner, key, self._read(parameter, absent, changed))
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -91,12 +153,13 @@ class StreamedModel:
 
         return drop
 
-    def _read(self, name: str, absent: Tensor) -> Tensor:
-        """The values of a parameter or buffer, like the one in its place."""
+    def _read(self, name: str, absent: Tensor, changed: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The values of a parameter or buffer, like the one in its place; ``changed`` replaces tensors."""
         tensors = self._sources.get(name)
         if tensors is None:
             raise NoPassError(f"{name} is not in the checkpoint")
-        read = {tensor: self._tensor(tensor) for tensor in tensors}
+        given = changed or {}
+        read = {t: given[t] if t in given else self._tensor(t) for t in tensors}
         (value, *more) = read.values()
         # Values of another shape, or several tensors: Transformers merges or turns them, if it knows how.
         if more or value.shape != absent.shape:

@@ -10,6 +10,7 @@ import torch
 
 from flute_kernels import QuantSpec
 from flute_quant.allocation import SENSITIVITIES, allocate_checkpoint
+from flute_quant.calibration.text import CalibrationText, parse_amount
 from flute_quant.checkpoint.layout import DTYPE_OPTIONS, Coverage
 from flute_quant.checkpoint.quantize import (
     CheckpointReport,
@@ -21,9 +22,18 @@ from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.cli.progress import ProgressView
 from flute_quant.cli.text import counted, duration, read_text, size
 from flute_quant.codebooks import load_table
+from flute_quant.errors import QuantizationError
 from flute_quant.evaluation import load_tokenizer, text_windows
 from flute_quant.importance import IMPORTANCE_OPTIONS, load_importance
-from flute_quant.methods import ALIASES, method_names, methods, table_method
+from flute_quant.methods import (
+    ALIASES,
+    Method,
+    load_recipe,
+    method_names,
+    methods,
+    recipe_method,
+    table_method,
+)
 from flute_quant.patterns import Override, parse_override
 from flute_quant.rotation import AUTO_HADAMARD
 
@@ -90,12 +100,30 @@ def add_parser(commands: Any) -> None:
         help="your own table (.json or .safetensors) instead of a method's",
     )
     p.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="your own steps of a calibrated method (.json, or .yaml with PyYAML) instead of a method",
+    )
+    p.add_argument(
         "--importance",
         default="auto",
         metavar="SOURCE",
         help="what errors of each input channel cost: random (measured with random tokens), columns "
         "(guessed from the weights), none, a .safetensors file of one tensor a module, or auto "
         "(random where the method is made for it; default)",
+    )
+    p.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text to calibrate with, for the methods that say so; others weight errors by it",
+    )
+    p.add_argument(
+        "--calibration-tokens",
+        default="128x2048",
+        metavar="SxL",
+        help="sequences, and tokens of each, that are read of it (default 128x2048)",
     )
     p.add_argument(
         "--override",
@@ -156,7 +184,7 @@ def _run(options: argparse.Namespace) -> int:
     bits = int(options.bits) if average is None else round(max(2, min(4, average)))
     spec = QuantSpec(bits, options.group_size, options.vector_size, block, options.hadamard_seed)
     choices: dict[str, Any] = {
-        "method": table_method(load_table(options.table)) if options.table else options.method,
+        "method": _method(options),
         "ignore": options.ignore,
         "include": options.include,
         "overrides": [parse_override(text) for text in options.override],
@@ -164,6 +192,9 @@ def _run(options: argparse.Namespace) -> int:
         "scale_dtype": getattr(torch, options.scale_dtype),
         "experts": options.experts,
     }
+    calibration = None
+    if options.calibration is not None:
+        calibration = CalibrationText(options.calibration, *parse_amount(options.calibration_tokens))
     importance = options.importance
     if importance not in IMPORTANCE_OPTIONS and importance.endswith(".safetensors"):
         importance = load_importance(importance)
@@ -172,7 +203,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         with plan_checkpoint(options.src, spec, **choices) as plan:
             plan.coverage.require(options.min_coverage)
-            seconds = estimate_seconds(plan, options.device, importance)
+            seconds = estimate_seconds(plan, options.device, importance, calibration)
             _print_notes({p.name: p.note for p in plan.modules.linears if p.note}, plan.coverage)
             print(
                 f"Would write {size(plan.output_bytes)} ({size(plan.source_bytes)} before), "
@@ -191,6 +222,7 @@ def _run(options: argparse.Namespace) -> int:
             min_coverage=options.min_coverage,
             overwrite=options.overwrite,
             importance=importance,
+            calibration=calibration,
             measuring=view.measuring,
             progress=view.quantized,
             say=view.say,
@@ -223,10 +255,27 @@ def _allocated(
     return allocation.overrides
 
 
+def _method(options: argparse.Namespace) -> str | Method:
+    """What ``--method`` stands for, or ``--table`` or ``--recipe`` in its place."""
+    given = [name for name in ("table", "recipe") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise QuantizationError(f"There are --{given[0]} and --{given[1]}; expected one of them.")
+    if options.table is not None:
+        return table_method(load_table(options.table))
+    if options.recipe is not None:
+        return recipe_method(load_recipe(options.recipe), name=options.recipe.stem)
+    return str(options.method)
+
+
 def _print_report(report: CheckpointReport) -> None:
     _print_notes(report.notes, report.coverage)
     if report.importance_note is not None:
         print(report.importance_note)
+    notes: dict[str, list[str]] = {}
+    for name, note in (report.calibration or {}).items():
+        notes.setdefault(note, []).append(name)
+    for note, names in notes.items():
+        print(f"{counted(len(names), 'linear')}, such as {names[0]}: {note}.")
     worst = max(report.errors, key=lambda name: report.errors[name])
     method = report.method + _weighting(report)
     print(
@@ -241,6 +290,7 @@ def _print_report(report: CheckpointReport) -> None:
 def _weighting(report: CheckpointReport) -> str:
     """Where importance came from, for the end of "method signed"."""
     known = {"random tokens": "random tokens", "columns": "columns", "given": "the importance given"}
+    known["calibration text"] = "the calibration text"
     return f" weighted by {known[report.importance]}" if report.importance in known else ""
 
 

@@ -12,12 +12,14 @@ from flute_kernels import QuantSpec
 from flute_quant.errors import QuantizationError
 from flute_quant.rotation import rotate
 
-__all__ = ["Encoded", "Method", "WeightRows"]
+__all__ = ["Encoded", "InputMoments", "Method", "WeightRows"]
 
 # Weights handled at once: on a CPU the few temporaries then stay in the second-level cache, on a
 # GPU the launches are large enough to hide their overhead.
 _CHUNK_CPU = 1 << 16
 _CHUNK_GPU = 1 << 24
+# Added to importances whose mean is 1, so that no channel is free.
+_FLOOR = 1e-3
 
 
 class WeightRows:
@@ -92,6 +94,27 @@ class Encoded:
     codebook: Tensor
     squared_error: float
     energy: float
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """What calibration keeps of the inputs ``x`` of a linear module, in the basis of its codes.
+
+    Args:
+        hessian: float32 ``[K, K]``, the mean of ``x x^T``.
+        drift: float32 ``[K, K]`` or None, the mean of ``x (x16 - x)^T``, where ``x16`` is what the input
+            would be if no layer before were quantized.
+        tokens: how many inputs there were.
+    """
+
+    hessian: Tensor
+    drift: Tensor | None
+    tokens: int
+
+    def importance(self) -> Tensor:
+        """Mean squares of the inputs ``[K]``, in units of their mean; no channel is free."""
+        diagonal = self.hessian.diagonal().to(torch.float32)
+        return diagonal / diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny) + _FLOOR
 
 
 class Method(Protocol):

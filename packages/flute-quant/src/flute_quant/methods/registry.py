@@ -19,10 +19,21 @@ from flute_quant.codebooks import (
 )
 from flute_quant.errors import QuantizationError
 from flute_quant.methods.base import Method
+from flute_quant.methods.calibrated import CalibratedMethod
+from flute_quant.methods.recipe import Recipe
 from flute_quant.methods.scales import AbsMax, Loss, Search
 from flute_quant.methods.table_method import LearnedTable, TableMethod, TableSource
 
-__all__ = ["ALIASES", "method_names", "methods", "register_method", "resolve_method", "table_method"]
+__all__ = [
+    "ALIASES",
+    "data_free_method",
+    "method_names",
+    "methods",
+    "recipe_method",
+    "register_method",
+    "resolve_method",
+    "table_method",
+]
 
 
 def _lloyd_pairs(spec: QuantSpec) -> Any:
@@ -45,17 +56,26 @@ def _scalar(make: Any) -> TableSource:
 _NORMALFLOAT = _scalar(normalfloat_table)
 _LLOYD = _scalar(lloyd_max_table)
 
+_SIGNED = TableMethod(
+    "signed",
+    "table for signed scales, errors weighted by the weight's magnitude and the inputs'",
+    _scalar(signed_table),
+    # 25 steps of 1/24 octave, the 22nd of which maps the largest weight exactly onto the +1. No
+    # refit: it would trade the exact largest weight for squared error, which models do not like.
+    Search(Loss(keep=0.5), candidates=25, span=(2 ** (-21 / 24), 2 ** (3 / 24)), refits=0, signed=True),
+    wants_importance=True,
+)
+
+_PAIRS = TableMethod(
+    "lloyd-pairs",
+    "2-D Gaussian table of pairs (vector size 2), scale of least squared error",
+    _lloyd_pairs,
+    Search(),
+)
+
 _METHODS: dict[str, Method] = {}
 for _method in (
-    TableMethod(
-        "signed",
-        "table for signed scales, errors weighted by the weight's magnitude and the inputs'",
-        _scalar(signed_table),
-        # 25 steps of 1/24 octave, the 22nd of which maps the largest weight exactly onto the +1. No
-        # refit: it would trade the exact largest weight for squared error, which models do not like.
-        Search(Loss(keep=0.5), candidates=25, span=(2 ** (-21 / 24), 2 ** (3 / 24)), refits=0, signed=True),
-        wants_importance=True,
-    ),
+    _SIGNED,
     TableMethod("nf", "NormalFloat, scaled by the largest weight of a group", _NORMALFLOAT, AbsMax()),
     TableMethod(
         "nf-search", "NormalFloat, signed scale of least squared error", _NORMALFLOAT, Search(signed=True)
@@ -67,12 +87,7 @@ for _method in (
         Search(Loss(keep=1.0), signed=True),
     ),
     TableMethod("lloyd", "Gaussian Lloyd-Max table, scale of least squared error", _LLOYD, Search()),
-    TableMethod(
-        "lloyd-pairs",
-        "2-D Gaussian table of pairs (vector size 2), scale of least squared error",
-        _lloyd_pairs,
-        Search(),
-    ),
+    _PAIRS,
     TableMethod(
         "higgs",
         "optimum for a Gaussian, scalars or pairs, for weights that --hadamard auto makes Gaussian",
@@ -90,6 +105,14 @@ for _method in (
     ),
     TableMethod(
         "fp", "e2m1 floats (e2m0 at 3 bits), scale of least squared error", _scalar(float_table), Search()
+    ),
+    CalibratedMethod("gptq", "error feedback (GPTQ) with the default's table", _SIGNED, _PAIRS),
+    CalibratedMethod(
+        "calibrated",
+        "error feedback, then scales, table and codes by alternating least squares",
+        _SIGNED,
+        _PAIRS,
+        Recipe(shrink=0.3, damping=0.1, rounds=2),
     ),
 ):
     _METHODS[_method.name] = _method
@@ -132,6 +155,32 @@ def resolve_method(method: str | Method, spec: QuantSpec | None = None) -> Metho
     if name not in _METHODS:
         raise QuantizationError(f"The method {method!r} is unknown; there are {', '.join(method_names())}.")
     return _METHODS[name]
+
+
+def recipe_method(recipe: Recipe, *, name: str = "recipe") -> CalibratedMethod:
+    """A calibrated method from a recipe (:func:`~flute_quant.methods.load_recipe` reads one from a file).
+
+    Args:
+        recipe: its steps.
+        name: what the checkpoint's config calls it.
+
+    Raises:
+        QuantizationError: ``recipe.start`` is no data-free method with a table.
+    """
+    start = _METHODS.get(ALIASES.get(recipe.start, recipe.start))
+    pairs = _PAIRS if recipe.start in _ALIASES_OF_PAIRS else None
+    if not isinstance(start, TableMethod):
+        known = [other for other, method in _METHODS.items() if isinstance(method, TableMethod)]
+        raise QuantizationError(
+            f"The recipe has start = {recipe.start!r}; "
+            f"expected a data-free method, one of {', '.join(known)}."
+        )
+    return CalibratedMethod(name, "a recipe of the user", start, pairs, recipe)
+
+
+def data_free_method(method: Method, spec: QuantSpec) -> Method:
+    """The method for a weight of which no inputs are known: what a calibrated one starts from, or itself."""
+    return method.without_data(spec) if isinstance(method, CalibratedMethod) else method
 
 
 def table_method(table: Any, *, scales: AbsMax | Search | None = None, name: str = "table") -> TableMethod:
