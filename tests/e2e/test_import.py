@@ -83,3 +83,21 @@ def test_an_imported_model_is_saved_and_loaded_again(source: Path, tmp_path: Pat
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
     for name, value in values.items():
         assert torch.equal(model.get_submodule(name).dequantize().weight, value)
+
+
+def test_higgs_rotates_as_its_source_does(source: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"bits": 4, "p": 2, "template": 16, "size": 256, "dtype": torch.float16}
+    values = foreign.write_higgs(source, tmp_path / "higgs", **options)
+    assert main(["import", str(tmp_path / "higgs"), str(tmp_path / "out")]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < 256:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    twin: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name, value in values.items():
+        rotated = (value.double().view(len(value), -1, 256) @ matrix / 16).view(value.shape)
+        twin.get_submodule(name).weight.data = rotated.float()
+    ids = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = model(ids).logits, twin(ids).logits
+    assert (found - expected).norm() <= 1e-4 * expected.norm()

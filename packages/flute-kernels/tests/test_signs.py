@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flute_kernels import QuantSpec
-from flute_kernels.format import hadamard_signs
+from flute_kernels.format import NO_SIGNS, hadamard_signs
 
 from .helpers import random_layer
 
@@ -56,3 +56,7 @@ def test_a_stored_linear_knows_its_signs() -> None:
     signs = rotated.signs()
     assert signs is not None
     assert torch.equal(signs, hadamard_signs(rotated.in_features, 9))
+
+
+def test_minus_one_means_no_signs() -> None:
+    assert torch.equal(hadamard_signs(64, NO_SIGNS), torch.ones(64))

@@ -29,7 +29,7 @@ from .helpers import ALL_SPECS, refusal, spec_id
         ("hadamard", 48, "powers of two"),
         ("hadamard", 8192, "4096"),
         ("hadamard", -2, "powers of two"),
-        ("hadamard_seed", -1, "2**64"),
+        ("hadamard_seed", -2, "2**64"),
         ("hadamard_seed", 1 << 64, "2**64"),
     ],
 )

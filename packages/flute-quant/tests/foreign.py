@@ -268,3 +268,45 @@ def write_upstream(source: Path, target: Path, *, sms: bool = True, **options: A
     config = {"num_bits": options.get("bits", 4), "group_size": options.get("group", 64)}
     (target / "flute_config.json").write_text(json.dumps({**config, **({"num_sms": 108} if sms else {})}))
     return values
+
+
+# --- HIGGS of Transformers ------------------------------------------------------------------------
+
+
+def write_higgs(
+    source: Path, target: Path, *, bits: int, p: int, template: int, size: int, dtype: torch.dtype
+) -> Values:
+    """Values are those of the rotated weight. Codes are random: what they stand for is what matters."""
+    from transformers.integrations.higgs import get_higgs_grid
+
+    random = torch.Generator().manual_seed(0)
+    grid = get_higgs_grid(p, 2 ** (p * bits)).to(dtype)
+    # The tuned kernels of upstream with tiles of 64: 0 to 15, 48 to 63 and 96 to 111 at 4 bits, and
+    # 0 to 3, 12 to 15 and 24 to 27 at 2.
+    tile = 64 if template % (48 if bits == 4 else 12) < (16 if bits == 4 else 4) else 32
+    metadata = {}
+
+    def encode(name: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        n, k = weight.shape
+        metadata[name] = {"template_id": template, "num_bits": bits}
+        codes = torch.randint(0, 2 ** (p * bits), (n, k // p), generator=random)
+        scales = torch.rand(n, k // size, generator=random).to(dtype).repeat_interleave(size // 64, 1)
+        halves = [(codes >> bits) & (2**bits - 1), codes & (2**bits - 1)] if p == 2 else [codes]
+        flat = torch.stack(halves, -1).view(n, k)
+        single = torch.arange(2**bits).to(dtype) if p == 2 else grid[:, 0]
+        pairs = grid if p == 2 else torch.cartesian_prod(single, single)
+        tensors = {
+            ".weight": torch.from_numpy(upstream_words(flat.numpy(), bits, tile)),
+            ".scales": scales,
+            ".tables": single.clone(),
+            ".tables2": pairs.reshape(2**bits, 2**bits, 2).clone().view(torch.float16),
+        }
+        values = grid.float()[codes].reshape(n, k // 64, 64) * scales.float()[..., None]
+        return tensors, values.reshape(n, k)
+
+    config = {"quant_method": "higgs", "bits": bits, "p": p, "hadamard_size": size, "group_size": 64}
+    values = write(source, target, encode, config)
+    written = json.loads((target / "config.json").read_text())
+    written["quantization_config"]["tune_metadata"] = metadata
+    (target / "config.json").write_text(json.dumps(written))
+    return values

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from flute_kernels import QuantizationConfig
+from flute_kernels import LutWeight, QuantizationConfig
 from flute_quant import (
     CheckpointError,
     QuantizationError,
@@ -189,6 +189,28 @@ def test_upstream_is_exact(wide: Path, tmp_path: Path, bits: int, tile: int) -> 
     assert report.importer == "flute-kernel"
     assert_same(tmp_path / "out", values)
     assert not (tmp_path / "out/flute_config.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("bits", "p", "template"), [(4, 2, 20), (4, 2, 50), (2, 2, 4), (4, 1, 16), (2, 1, 30)]
+)
+def test_higgs_is_exact(
+    wide: Path, tmp_path: Path, bits: int, p: int, template: int, dtype: torch.dtype
+) -> None:
+    values = foreign.write_higgs(
+        wide, tmp_path / "source", bits=bits, p=p, template=template, size=128, dtype=dtype
+    )
+    assert import_checkpoint(tmp_path / "source", tmp_path / "out").importer == "higgs"
+    assert_same(tmp_path / "out", values)
+    # As layers multiply: x is rotated by an orthogonal Hadamard matrix in blocks of 128, without signs.
+    matrix = torch.ones(1, 1)
+    while len(matrix) < 128:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    name, stored = next(iter(values.items()))
+    expected = (stored.double().view(len(stored), -1, 128) @ (matrix.double() / 128**0.5)).view(stored.shape)
+    weight = LutWeight.from_linear(QuantizedFolder.open(tmp_path / "out").linear(name))
+    assert torch.allclose(weight.dequantize().double(), expected, rtol=0, atol=2e-6 * expected.abs().max())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -376,7 +398,7 @@ def test_groups_that_the_format_lacks_are_refused(
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit weights; supported are its 4-bit"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "GPTQ in the format 'marlin'"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "AWQ in the layout 'gemv' with 4 bits"),
-        ({"quant_method": "higgs", "bits": 4, "hadamard_size": 1024}, "rotated by HIGGS in blocks of 1024"),
+        ({"quant_method": "higgs", "bits": 5}, "HIGGS with bits 5 and p 2; supported are 2, 3 and 4 bits"),
         ({"quant_method": "hqq"}, "is quantized by 'hqq'; importers exist for bitsandbytes, gptq"),
         ({"quant_method": "flute", "format_version": 1}, "is a FLUTE checkpoint already"),
         ({"quant_method": "bitsandbytes"}, "none of the tensors that its quantization_config announces"),

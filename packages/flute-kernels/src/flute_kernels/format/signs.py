@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flute_kernels.format.spec import NO_SIGNS
+
 __all__ = ["hadamard_signs"]
 
 _MASK = (1 << 64) - 1
@@ -16,13 +18,15 @@ def hadamard_signs(in_features: int, seed: int) -> Tensor:
 
     Args:
         in_features: channels.
-        seed: the generator's 64-bit state before the first output.
+        seed: the generator's 64-bit state before the first output, or -1 for no signs.
 
     Returns:
         float32 ``[in_features]`` of +1 and -1, on the CPU.
 
     Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
     """
+    if seed == NO_SIGNS:
+        return torch.ones(in_features, dtype=torch.float32, device="cpu")
     signs = []
     for k in range(1, in_features + 1):
         z = (seed + k * _GAMMA) & _MASK

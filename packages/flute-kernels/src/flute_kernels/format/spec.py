@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from flute_kernels.errors import FormatError
 
-__all__ = ["BITS", "GROUP_SIZES", "K_MULTIPLE", "MAX_HADAMARD", "PER_ROW", "VECTOR_SIZES", "QuantSpec"]
+__all__ = [
+    "BITS",
+    "GROUP_SIZES",
+    "K_MULTIPLE",
+    "MAX_HADAMARD",
+    "NO_SIGNS",
+    "PER_ROW",
+    "VECTOR_SIZES",
+    "QuantSpec",
+]
 
 BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128, 256)
@@ -16,6 +25,8 @@ PER_ROW = -1
 K_MULTIPLE = 32
 """K is a multiple of this, so that every row is a whole number of 32-bit words at every bit width."""
 MAX_HADAMARD = 4096
+NO_SIGNS = -1
+"""``hadamard_seed`` of a rotation without random signs, such as that of HIGGS checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class QuantSpec:
         vector_size: 1 for a scalar table, 2 for a table of pairs indexed by ``2 * bits`` bits.
         hadamard: 0, or the block size (a power of two dividing K) of the Hadamard rotation that
             is applied to the layer's input.
-        hadamard_seed: seed of that rotation's random signs (64 bits, unsigned).
+        hadamard_seed: seed of that rotation's random signs (64 bits, unsigned), or -1 for none.
 
     Raises:
         FormatError: a number is outside of what the format has.
@@ -60,8 +71,11 @@ class QuantSpec:
             raise FormatError(
                 f"hadamard is {h}; supported are 0 (none) and powers of two from 2 to {MAX_HADAMARD}."
             )
-        if not 0 <= self.hadamard_seed < 1 << 64:
-            raise FormatError(f"hadamard_seed is {self.hadamard_seed}; expected 0 <= seed < 2**64.")
+        if self.hadamard_seed != NO_SIGNS and not 0 <= self.hadamard_seed < 1 << 64:
+            raise FormatError(
+                f"hadamard_seed is {self.hadamard_seed}; expected 0 <= seed < 2**64, "
+                f"or {NO_SIGNS} for no signs."
+            )
 
     @property
     def code_bits(self) -> int:
