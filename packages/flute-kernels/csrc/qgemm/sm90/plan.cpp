@@ -30,17 +30,22 @@ double stage_time(const Config& c) {
   const double unit = std::hypot(0.138, c.columns * (0.00131 * c.warpgroups * c.slabs + 0.00025)) -
                       (scales_weights(c) ? 0.023 : 0) + (c.slabs > 1 ? 0.09 : 0) +
                       (c.warpgroups == 3   ? 0.045
-                       : c.warpgroups == 4 ? 0.102
+                       : c.warpgroups == 4 ? 0.112
                                            : 0);
   return stage_units(c) * unit;
 }
 
 constexpr double kItem = 1.32;  // to begin and to end one
 
-// To move the weight and x once: no division of the work takes less.
+// To move the weight and x once.
 double least_time(const QWeight& w, int64_t m) {
   const double weights = static_cast<double>(w.n) * static_cast<double>(w.k);
   return (weights * (w.bits / 8.0 + 2.0 / static_cast<double>(w.group)) + 2.0 * m * (w.n + w.k)) / 3e6;
+}
+
+// No division of the work takes less than that, and what comes close to it takes a little longer.
+double with_memory(double main, double least) {
+  return std::pow(std::pow(main, 6.0) + std::pow(least, 6.0), 1 / 6.0);
 }
 
 double time_of(const Config& c, const Plan& plan, int stages, double least) {
@@ -49,10 +54,10 @@ double time_of(const Config& c, const Plan& plan, int stages, double least) {
     const double join = plan.is_cluster   ? 1.44 + 4.2 * sums
                         : plan.parts == 2 ? 1.03 + 2.5 * sums
                                           : 1.18 + 0.34 * (plan.parts - 1) + 8.4 * sums;
-    return std::max((stages + plan.parts - 1) / plan.parts * stage, least) + kItem + join;
+    return with_memory((stages + plan.parts - 1) / plan.parts * stage, least) + kItem + join;
   }
   const double sets = static_cast<double>(plan.sets) / plan.blocks;
-  const double main = std::max(sets * stages * stage, least);
+  const double main = with_memory(sets * stages * stage, least);
   if (sets < 1) return main + kItem + 1.84 + 12.3 * sums;
   return main + plan.waves * kItem + (plan.shared_sets() > 0 ? 7.5 + 8.0 * sums : 0);
 }
