@@ -21,7 +21,7 @@ ALLOWED = {
     "flute_hf": {"flute_kernels", "flute_quant", "peft", "safetensors", "torch", "transformers"},
     "flute_vllm": {"flute_kernels", "flute_quant", "safetensors", "torch", "vllm"},
 }
-LAZILY = {"flute_quant": {"lm_eval", "transformers", "yaml"}}
+LAZILY = {"flute_quant": {"gguf", "lm_eval", "transformers", "yaml"}}
 
 
 def imports(file: Path, package: str) -> Iterator[tuple[str, int, bool]]:

@@ -205,3 +205,9 @@ def test_experts_in_codes(source: Callable[[str], Path], tmp_path: Path, family:
     with pytest.raises(FormatError, match=r"experts\.3\.\w+\.qweight is of one expert") as caught:
         load(tmp_path / "q")
     assert "merges with others into model.layers.0.mlp.experts." in str(caught.value)
+
+
+def test_a_method_that_needs_a_text(llama: Path) -> None:
+    config = FluteConfig(bits=4, group_size=32, method="gptq")
+    with pytest.raises(QuantizationError, match="'gptq' needs a calibration text"):
+        AutoModelForCausalLM.from_pretrained(llama, quantization_config=config)

@@ -179,7 +179,7 @@ def test_the_command_measures_on_a_text(
     (tmp_path / "text").write_text(" ".join(f"w{i % 90}" for i in range(300)))
     arguments = [
         "quantize",
-        str(checkpoints("llama")),
+        str(checkpoints("llama-fp32")),
         "--group-size",
         "32",
         "--method",
@@ -264,16 +264,41 @@ def test_an_average_on_the_command_line(
 ) -> None:
     arguments = ["--group-size", "32", "--method", "lloyd", "--override", "o_proj=bits:4"]
     out = tmp_path / "out"
-    assert main(["quantize", str(checkpoints("llama")), str(out), "--bits", "3.3", *arguments]) == 0
+    assert main(["quantize", str(checkpoints("llama-fp32")), str(out), "--bits", "3.3", *arguments]) == 0
     said = capsys.readouterr().out
     found = inspect_checkpoint(out)
     assert 3.0 < found.bits_per_weight <= 3.3
     assert len({x.bits for x in found.layers}) > 1
     assert all(x.bits == 4 for x in found.layers if x.name.endswith("o_proj"))
     assert f"Allocated {found.bits_per_weight:.3f} bits a weight: " in said
-    source, other = str(checkpoints("llama")), str(tmp_path / "other")
+    source, other = str(checkpoints("llama-fp32")), str(tmp_path / "other")
     for average in ("1.5", "nan"):
         assert main(["quantize", source, other, "--bits", average, *arguments]) == 2
         assert f"An average of {average} bits a weight is asked for" in capsys.readouterr().err
     assert main(["quantize", source, other, "--bits", "inf", *arguments]) == 0
     assert {x.bits for x in inspect_checkpoint(other).layers} == {4}
+
+
+def test_a_calibrated_method_is_judged_by_what_it_starts_from(checkpoints: Checkpoints) -> None:
+    model = load(checkpoints("llama-fp32"))
+    spec = QuantSpec(bits=3, group_size=32)
+    calibrated = allocate_model(model, 3.5, spec, method="calibrated", sensitivity="error", importance="none")
+    start = allocate_model(model, 3.5, spec, method="default", sensitivity="error", importance="none")
+    assert calibrated.overrides == start.overrides
+
+
+def test_a_device_that_is_not_there(checkpoints: Checkpoints) -> None:
+    with pytest.raises(QuantizationError, match="device is 'gpu'; supported are cpu and cuda"):
+        allocate_checkpoint(checkpoints("llama-fp32"), 3.5, QuantSpec(bits=3, group_size=32), device="gpu")
+
+
+def test_the_destination_is_looked_at_before_anything_is_measured(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    arguments = ["quantize", str(checkpoints("llama-fp32")), str(tmp_path / "there"), "--bits", "3.5"]
+    assert main(arguments) != 0
+    said = capsys.readouterr()
+    assert "there" in said.err
+    assert "Allocated" not in said.out

@@ -205,3 +205,11 @@ def test_quantize_model_names_the_weight_that_is_not_finite() -> None:
         model.get_parameter("layers.1.q_proj.weight")[0, 0] = float("nan")
     with pytest.raises(QuantizationError, match=r"layers\.1\.q_proj\.weight has 1 of 4096"):
         quantize_model(model, QuantSpec())
+
+
+def test_a_sibling_with_another_input_may_have_another_rotation() -> None:
+    cross = nn.ModuleDict(
+        {name: nn.Linear(k, 64) for name, k in (("q_proj", 96), ("k_proj", 64), ("v_proj", 64))}
+    )
+    made = plan_modules(cross, QuantSpec(bits=4, group_size=32, hadamard=64))
+    assert {p.name: p.spec.hadamard for p in made.linears} == {"q_proj": 32, "k_proj": 64, "v_proj": 64}

@@ -16,6 +16,7 @@ from flute_quant import (
     QuantizationPlan,
     plan_modules,
     quantize_tensor,
+    resolve_data_free_method,
     resolve_method,
 )
 from flute_quant.checkpoint.measure import measure_channels
@@ -41,9 +42,10 @@ def plan(model: nn.Module, wanted: QuantizationConfig) -> QuantizationPlan:
     """What ``wanted`` means for the modules of this model; its names may be patterns.
 
     Raises:
-        QuantizationError: a pattern that matches nothing, an unknown method, nothing to quantize.
+        QuantizationError: a pattern that matches nothing, a method that is unknown or needs a text, or
+            nothing to quantize.
     """
-    resolve_method(wanted.method, wanted.spec)
+    resolve_data_free_method(wanted.method, wanted.spec)
     base = asdict(wanted.spec)
     overrides = [
         Override.of(pattern, **{k: v for k, v in asdict(spec).items() if v != base[k]})

@@ -1,4 +1,4 @@
-"""Quantizes language-model checkpoints to lookup-table weights, without calibration data.
+"""Quantizes language-model checkpoints to lookup-table weights, without data or with a text.
 
 Three entries for three situations: :func:`quantize_tensor` for one weight, :func:`quantize_model`
 for a torch module in memory, :func:`quantize_checkpoint` for a folder on disk.
@@ -33,6 +33,7 @@ from flute_quant.methods import (
     method_names,
     recipe_method,
     register_method,
+    resolve_data_free_method,
     resolve_method,
     table_method,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "random_token_importance",
     "recipe_method",
     "register_method",
+    "resolve_data_free_method",
     "resolve_method",
     "table_method",
 ]

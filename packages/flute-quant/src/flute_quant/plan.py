@@ -161,17 +161,21 @@ def plan_modules(
 
 def _check_rotations(planned: Sequence[PlannedLinear]) -> None:
     """Siblings see one input, which is rotated once for all of them."""
-    by_name = {p.name: p.spec for p in planned}
+    by_name = {p.name: p for p in planned}
     for group in sibling_groups(list(by_name)):
-        rotations: dict[tuple[int, int], str] = {}
+        # Those of cross-attention see another input where it has another width.
+        rotations: dict[int, dict[tuple[int, int], str]] = {}
         for name in group:
-            rotations.setdefault((by_name[name].hadamard, by_name[name].hadamard_seed), name)
-        if len(rotations) > 1:
-            (first, one), (second, other) = list(rotations.items())[:2]
-            raise QuantizationError(
-                f"{one} would be rotated with (block, seed) {first} and {other} with {second}; they see the "
-                "same input, so these must be the same."
-            )
+            p = by_name[name]
+            of_input = rotations.setdefault(p.in_features, {})
+            of_input.setdefault((p.spec.hadamard, p.spec.hadamard_seed), name)
+        for of_input in rotations.values():
+            if len(of_input) > 1:
+                (first, one), (second, other) = list(of_input.items())[:2]
+                raise QuantizationError(
+                    f"{one} would be rotated with (block, seed) {first} and {other} with {second}; they see "
+                    "the same input, so these must be the same."
+                )
 
 
 def _output_heads(model: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 
 from flute_kernels import FormatError, QuantSpec
-from flute_quant import DEFAULT_IGNORE, fit_spec, quantize_tensor
+from flute_quant import DEFAULT_IGNORE, fit_spec, quantize_tensor, resolve_data_free_method
 from flute_quant.patterns import matches
 from flute_vllm.dummies import STANDARD_DEVIATION
 from flute_vllm.linear import Partition, PartitionedLinearMethod, attach
@@ -56,6 +56,7 @@ class OnlineOptions:
 
         Raises:
             FormatError: an unknown option, or a number that the format does not have.
+            QuantizationError: a method that is unknown or needs a text.
         """
         if given is None:
             return self
@@ -66,9 +67,11 @@ class OnlineOptions:
         if unknown:
             raise FormatError(f"flute has no option {unknown[0]!r}; it has {', '.join(known)}.")
         numbers = {name: given[name] for name in _NUMBERS if name in given}
+        spec, method = QuantSpec(**{**asdict(self.spec), **numbers}), str(given.get("method", self.method))
+        resolve_data_free_method(method, spec)
         return OnlineOptions(
-            QuantSpec(**{**asdict(self.spec), **numbers}),
-            str(given.get("method", self.method)),
+            spec,
+            method,
             (*self.ignore, *given.get("modules_to_not_convert", ())),
         )
 

@@ -29,9 +29,10 @@ from flute_kernels.format import GROUP_SIZES, PER_ROW
 from flute_quant.allocation.errors import sampled_errors
 from flute_quant.allocation.knapsack import least_loss
 from flute_quant.allocation.sensitivity import measured_divergences
+from flute_quant.devices import checked_device
 from flute_quant.errors import QuantizationError
 from flute_quant.importance import ChannelImportance, ImportanceOption, planned_importance
-from flute_quant.methods import Method, resolve_method
+from flute_quant.methods import Method, data_free_method, resolve_method
 from flute_quant.patterns import Override, matches
 from flute_quant.plan import PlannedLinear, QuantizationPlan, plan_modules
 from flute_quant.rotation import unrotate
@@ -181,7 +182,7 @@ def allocate_checkpoint(
     from flute_quant.checkpoint.measure import compute_dtype, measure_folder
     from flute_quant.checkpoint.quantize import plan_checkpoint
 
-    place = torch.device(device)
+    place = checked_device(device)
     with plan_checkpoint(
         src,
         spec,
@@ -388,7 +389,7 @@ class _Task:
         linear, _ = quantize_tensor(
             weight,
             spec,
-            method=self.method,
+            method=data_free_method(resolve_method(self.method, spec), spec),
             name=f"{name}.weight",
             scale_dtype=self.scale_dtype,
             importance=self.importance.of(name, weight, spec),

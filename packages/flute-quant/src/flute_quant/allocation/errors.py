@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flute_kernels import QuantSpec
-from flute_quant.methods import Method, WeightRows
+from flute_quant.methods import Method, WeightRows, data_free_method, resolve_method
 from flute_quant.tensor import quantize_tensor
 
 __all__ = ["sampled_errors"]
@@ -43,8 +43,10 @@ def sampled_errors(
     rows = weight[torch.linspace(0, n - 1, wanted, device=weight.device).round().long()]
     found = {}
     for spec in specs:
+        # A calibrated method's inputs are not known here: its start stands for it.
+        chosen = data_free_method(resolve_method(method, spec), spec)
         linear, _ = quantize_tensor(
-            rows, spec, method=method, name=name, scale_dtype=scale_dtype, importance=importance
+            rows, spec, method=chosen, name=name, scale_dtype=scale_dtype, importance=importance
         )
         exact = WeightRows(rows, spec, name).read(0, wanted)  # in the basis of the codes
         squares = torch.stack([(linear.dequantize() - exact).square(), exact.square()]).sum(1).double()

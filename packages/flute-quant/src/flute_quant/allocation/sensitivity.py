@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flute_quant.errors import QuantizationError
-from flute_quant.importance.tokens import evaluating, random_tokens_for
+from flute_quant.importance.tokens import NoPassError, evaluating, random_tokens_for
 from flute_quant.methods.parallel import ordinary_tensors
 
 __all__ = ["measured_divergences"]
@@ -43,11 +43,19 @@ def measured_divergences(
         progress: called with units done and in all.
 
     Raises:
-        QuantizationError: predictions are NaN or infinite.
-        NoPassError: the model takes no tokens.
+        QuantizationError: predictions are NaN or infinite, or the model takes no tokens alone.
     """
-    if tokens is None:
-        tokens = random_tokens_for(model, _LENGTH)
+    config = getattr(model, "config", None)
+    try:
+        if getattr(config, "is_encoder_decoder", False):
+            raise NoPassError(f"{type(model).__name__} is no causal language model")
+        if tokens is None:
+            tokens = random_tokens_for(model, _LENGTH)
+    except NoPassError as error:
+        raise QuantizationError(
+            f"What each layer changes in predictions cannot be measured: {error}; "
+            "sensitivity 'error' needs none."
+        ) from None
     device = next(model.parameters()).device
     batches = tokens.to(device).split(max(1, _BATCH_TOKENS // tokens.shape[1]))
     divergences = []

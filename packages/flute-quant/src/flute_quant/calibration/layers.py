@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flute_quant.errors import QuantizationError
 from flute_quant.importance.tokens import (
     Finished,
+    NoPassError,
     evaluating,
     input_embedding,
     output_head,
@@ -101,7 +102,10 @@ def trace_layers(
             "it is no decoder of Transformers with a token embedding."
         )
     runner: nn.Module = getattr(model, "base_model", model)
-    takes_tokens, others = token_arguments(runner, config)
+    try:
+        takes_tokens, others = token_arguments(runner, config)
+    except NoPassError as error:
+        raise QuantizationError(f"{kind} cannot be calibrated layer by layer: {error}.") from None
     layers = outermost_layers(model, linears)
     hidden: list[Tensor] = []
     first: list[LayerCall] = []

@@ -15,6 +15,7 @@ from flute_quant.checkpoint.loading import load_model
 from flute_quant.checkpoint.quantized import QuantizedFolder
 from flute_quant.checkpoint.source import CheckpointFolder
 from flute_quant.checkpoint.structure import quiet_transformers
+from flute_quant.devices import checked_device
 from flute_quant.errors import CheckpointError
 from flute_quant.evaluation import Distance, DistanceMeter, load_tokenizer, text_windows
 from flute_quant.rotation import unrotate
@@ -98,6 +99,7 @@ def compare_checkpoints(
         QuantizationError: the text is too short, or a number is not positive.
         CheckpointError, FormatError: a folder cannot be read.
     """
+    device = checked_device(device)
     source_folder = CheckpointFolder.open(src)
     with quiet_transformers():
         chosen = text_windows(load_tokenizer(Path(src)), text, count=windows, length=length, bos=bos)

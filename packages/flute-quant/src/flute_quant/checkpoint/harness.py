@@ -12,6 +12,7 @@ from flute_quant.checkpoint.compare import load_dequantized
 from flute_quant.checkpoint.loading import load_model
 from flute_quant.checkpoint.source import CheckpointFolder
 from flute_quant.checkpoint.structure import quiet_transformers
+from flute_quant.devices import checked_device
 from flute_quant.errors import QuantizationError, one_line
 from flute_quant.evaluation import load_tokenizer
 
@@ -57,6 +58,7 @@ def evaluate_checkpoint(
         raise QuantizationError(
             f"lm-eval cannot be imported ({one_line(error)}); pip install 'flute-quant[eval]' installs it."
         ) from None
+    device = checked_device(device)
     folder = CheckpointFolder.open(path)
     with quiet_transformers():
         tokenizer = load_tokenizer(folder.path)

@@ -41,6 +41,7 @@ from flute_quant.checkpoint.workfolder import (
     sync_folder,
     write_synced,
 )
+from flute_quant.devices import checked_device
 from flute_quant.errors import QuantizationError
 from flute_quant.importance import (
     ChannelImportance,
@@ -315,7 +316,7 @@ def estimate_seconds(
     Raises:
         QuantizationError: a method that is calibrated, without a text.
     """
-    device = _checked_device(device)
+    device = checked_device(device)
     check_calibration(plan.method, calibration, importance)
     if calibration is not None:
         return estimate_calibration(plan, calibration, device)
@@ -538,24 +539,10 @@ def _calibration_notes(plan: CheckpointPlan, calibrated: Calibrated) -> dict[str
 
 def _checked_devices(device: str | torch.device) -> tuple[torch.device, list[torch.device]]:
     """Where to work, and all devices that take part where the work is shared."""
-    chosen = _checked_device(device)
+    chosen = checked_device(device)
     if chosen == torch.device("cuda"):  # no number: all of them
         return torch.device("cuda:0"), [torch.device(f"cuda:{i}") for i in range(torch.cuda.device_count())]
     return chosen, [chosen]
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise QuantizationError(f"device is {device!r}; supported are cpu and cuda.") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise QuantizationError(f"device is {device!r}; supported are cpu and cuda.")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise QuantizationError(
-            f"device is {str(device)!r}, but torch {torch.__version__} finds no CUDA GPU."
-        )
-    return chosen
 
 
 def _source_print(file: Path) -> list[Any]:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.cli.progress import ProgressView
-from flute_quant.cli.text import counted, duration, size
+from flute_quant.cli.text import counted, duration, interrupted, size
 from flute_quant.importers import ImportReport, import_checkpoint, importer_names, importers
 
 __all__ = ["add_parser"]
@@ -44,7 +43,7 @@ def add_parser(commands: Any) -> None:
         "float32 is exact)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace DST if it holds a FLUTE checkpoint")
-    p.set_defaults(run=_run, interrupted=_interrupted)
+    p.set_defaults(run=_run, interrupted=interrupted)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -84,10 +83,3 @@ def _print_report(report: ImportReport) -> None:
             "Rounding of scales changed their values by a relative squared error of "
             f"{report.errors[worst]:.2g} at most ({worst})."
         )
-
-
-def _interrupted(options: argparse.Namespace) -> str:
-    partial = partial_path(options.dst)
-    if partial.exists():
-        return f"Interrupted; {options.dst} was not written, and the same command resumes from {partial}."
-    return f"Interrupted; {options.dst} was not written."

@@ -10,7 +10,7 @@ import torch
 
 from flute_kernels import QuantSpec
 from flute_quant.allocation import SENSITIVITIES, allocate_checkpoint
-from flute_quant.calibration.text import CalibrationText, parse_amount
+from flute_quant.calibration.text import CalibrationText, check_calibration, parse_amount
 from flute_quant.checkpoint.layout import DTYPE_OPTIONS, Coverage
 from flute_quant.checkpoint.quantize import (
     CheckpointReport,
@@ -18,9 +18,9 @@ from flute_quant.checkpoint.quantize import (
     plan_checkpoint,
     quantize_checkpoint,
 )
-from flute_quant.checkpoint.workfolder import partial_path
+from flute_quant.checkpoint.workfolder import check_destination
 from flute_quant.cli.progress import ProgressView
-from flute_quant.cli.text import counted, duration, read_text, size
+from flute_quant.cli.text import counted, duration, interrupted, read_text, size
 from flute_quant.codebooks import load_table
 from flute_quant.errors import QuantizationError
 from flute_quant.evaluation import load_tokenizer, text_windows
@@ -32,6 +32,7 @@ from flute_quant.methods import (
     method_names,
     methods,
     recipe_method,
+    resolve_method,
     table_method,
 )
 from flute_quant.patterns import Override, parse_override
@@ -168,7 +169,7 @@ def add_parser(commands: Any) -> None:
     )
     p.add_argument("--overwrite", action="store_true", help="replace DST if it holds a FLUTE checkpoint")
     p.add_argument("--dry-run", action="store_true", help="print sizes and a time estimate, write nothing")
-    p.set_defaults(run=_run, interrupted=_interrupted)
+    p.set_defaults(run=_run, interrupted=interrupted)
 
 
 def _hadamard(text: str) -> int:
@@ -199,6 +200,9 @@ def _run(options: argparse.Namespace) -> int:
     if importance not in IMPORTANCE_OPTIONS and importance.endswith(".safetensors"):
         importance = load_importance(importance)
     if average is not None:
+        # What quantizing would refuse is refused before minutes of measuring.
+        check_destination(options.src, options.dst, options.overwrite)
+        check_calibration(resolve_method(choices["method"], spec), calibration, importance)
         choices["overrides"] += _allocated(options, spec, average, importance, choices)
     if options.dry_run:
         with plan_checkpoint(options.src, spec, **choices) as plan:
@@ -311,10 +315,3 @@ def _print_notes(notes: dict[str, str], coverage: Coverage) -> None:
         f"Quantized {coverage.quantized:,} of {coverage.total:,} parameters, "
         f"{coverage.fraction:.1%} of those outside of embeddings."
     )
-
-
-def _interrupted(options: argparse.Namespace) -> str:
-    partial = partial_path(options.dst)
-    if partial.exists():
-        return f"Interrupted; {options.dst} was not written, and the same command resumes from {partial}."
-    return f"Interrupted; {options.dst} was not written."

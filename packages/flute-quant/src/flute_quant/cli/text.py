@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.errors import QuantizationError
 
-__all__ = ["counted", "duration", "read_text", "size", "write_json"]
+__all__ = ["counted", "duration", "interrupted", "read_text", "size", "write_json"]
+
+
+def interrupted(options: argparse.Namespace) -> str:
+    """What is left of a command that writes ``options.dst`` and was stopped."""
+    partial = partial_path(options.dst)
+    if partial.exists():
+        return f"Interrupted; {options.dst} was not written, and the same command resumes from {partial}."
+    return f"Interrupted; {options.dst} was not written."
 
 
 def counted(number: int, noun: str) -> str:

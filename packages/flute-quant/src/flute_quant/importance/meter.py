@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from flute_kernels import QuantSpec
+from flute_quant.methods.base import CHANNEL_FLOOR
 from flute_quant.rotation import rotate
 
 __all__ = ["ChannelMeter"]
 
 # Rows squared at once: a few megabytes of float32 whatever the number of tokens.
 _ROWS = 256
-# Added to importances whose mean is 1, so that no channel is free.
-_FLOOR = 1e-3
 
 
 class ChannelMeter:
@@ -70,7 +69,7 @@ class ChannelMeter:
         for name, total in self._sums.items():
             mean = total.mean()
             if bool(torch.isfinite(mean)) and bool(mean > 0):
-                result[name] = (total / mean + _FLOOR).to("cpu", torch.float32)
+                result[name] = (total / mean + CHANNEL_FLOOR).to("cpu", torch.float32)
         return result
 
     def _hook(self, name: str) -> Callable[..., None]:

@@ -10,6 +10,7 @@ from flute_quant.methods.registry import (
     methods,
     recipe_method,
     register_method,
+    resolve_data_free_method,
     resolve_method,
     table_method,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "methods",
     "recipe_method",
     "register_method",
+    "resolve_data_free_method",
     "resolve_method",
     "table_method",
 ]

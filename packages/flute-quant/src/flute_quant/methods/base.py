@@ -12,14 +12,14 @@ from flute_kernels import QuantSpec
 from flute_quant.errors import QuantizationError
 from flute_quant.rotation import rotate
 
-__all__ = ["Encoded", "InputMoments", "Method", "WeightRows"]
+__all__ = ["CHANNEL_FLOOR", "Encoded", "InputMoments", "Method", "WeightRows"]
 
 # Weights handled at once: on a CPU the few temporaries then stay in the second-level cache, on a
 # GPU the launches are large enough to hide their overhead.
 _CHUNK_CPU = 1 << 16
 _CHUNK_GPU = 1 << 24
-# Added to importances whose mean is 1, so that no channel is free.
-_FLOOR = 1e-3
+CHANNEL_FLOOR = 1e-3
+"""Added to importances whose mean is 1, so that no channel is free."""
 
 
 class WeightRows:
@@ -114,11 +114,11 @@ class InputMoments:
     def importance(self) -> Tensor:
         """Mean squares of the inputs ``[K]``, in units of their mean; no channel is free."""
         diagonal = self.hessian.diagonal().to(torch.float32)
-        return diagonal / diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny) + _FLOOR
+        return diagonal / diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny) + CHANNEL_FLOOR
 
 
 class Method(Protocol):
-    """A data-free way to choose codes, scales and tables. Registered in ``flute_quant.methods.registry``."""
+    """A way to choose a weight's codes, scales and tables. Registered in ``flute_quant.methods.registry``."""
 
     @property
     def name(self) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "methods",
     "recipe_method",
     "register_method",
+    "resolve_data_free_method",
     "resolve_method",
     "table_method",
 ]
@@ -176,6 +177,21 @@ def recipe_method(recipe: Recipe, *, name: str = "recipe") -> CalibratedMethod:
             f"expected a data-free method, one of {', '.join(known)}."
         )
     return CalibratedMethod(name, "a recipe of the user", start, pairs, recipe)
+
+
+def resolve_data_free_method(method: str | Method, spec: QuantSpec) -> Method:
+    """Like :func:`resolve_method`, where there is no text: while a model loads.
+
+    Raises:
+        QuantizationError: no method has that name, or it needs a text.
+    """
+    chosen = resolve_method(method, spec)
+    if isinstance(chosen, CalibratedMethod):
+        raise QuantizationError(
+            f"The method {chosen.name!r} needs a calibration text, which there is none of here; "
+            "flute-quant quantize --calibration makes such a checkpoint."
+        )
+    return chosen
 
 
 def data_free_method(method: Method, spec: QuantSpec) -> Method:
