@@ -6,7 +6,7 @@
 //   entry i, copy c at 256 * i + 4 * c      2 bits: four weights, sixteen copies, at 256 * i + 8 * c
 //
 // With 256 bytes from one entry to the next, the address is a byte of codes above a constant byte, which one
-// PRMT puts together (128 would do, but takes two instructions, and shared memory is not scarce). So a lookup
+// PRMT puts together (128 would do, but takes two instructions; what lies between is free for others). So a lookup
 // is a PRMT and a load of 4 bytes for two weights (3 and 4 bits) or of 8 for four (2 bits): 128 bytes a clock
 // and multiprocessor, 64 weights, which is all that shared memory gives.
 #pragma once

@@ -40,7 +40,8 @@ FLUTE_BOTH constexpr int threads(const Config& c) {
   return 128 * c.warpgroups + (shares_registers(c) ? 128 : 32);
 }
 
-// Shared memory of a block: the table, barriers, whose rows are whose, and a ring of stages. A stage holds what the block multiplies of
+// Shared memory of a block: the table, in the free half of whose lines results change places (output.cuh), barriers,
+// whose rows are whose, and a ring of stages. A stage holds what the block multiplies of
 // stage_units units of K: x, which a product wants at a multiple of 1024, then codes and scales. Two
 // units, as a barrier, a step of the ring and a scale then serve 128 weights of a row; one where x takes so much that
 // there would be two stages in all.

@@ -7,8 +7,8 @@
 
 namespace flute::sm90 {
 
-// The pieces are those of a cluster: each block adds up, and writes, a share of the fragments, which every block has put into
-// its shared memory. (To read them there from another block would take longer: a way forth and back.)
+// The pieces are those of a cluster: each block adds up, and writes, a share of the fragments, which every block has
+// put into its shared memory. (To read them there from another block would take longer: a way forth and back.)
 template <class T, int kThreads, int kSlabs, int kFragments>
 __device__ __forceinline__ void join_in_cluster(const Params& p, const float (&sum)[kSlabs][kFragments][4],
                                                 int part, const Place& place, uint32_t scratch) {

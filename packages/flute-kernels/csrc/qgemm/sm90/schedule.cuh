@@ -1,9 +1,9 @@
 // Which rows, columns and part of K a block multiplies, one item after the other.
 //
 // A set is a group of rows with a block of columns; sets of the same group are neighbours, so that they read its
-// weights at about the same time. Many columns are divided into bands, one after the other, since blocks that run at the
-// same time should read few rows of x, which take four times the bytes of rows of weights. Which pieces a set has depends on nothing but sizes, and so does the order in which
-// they are added.
+// weights at about the same time. Many columns are divided into bands, one after the other, since blocks that run at
+// the same time should read few rows of x, which take four times the bytes of rows of weights. Which pieces a set has
+// depends on nothing but sizes, and so does the order in which they are added.
 //
 // Few sets: each is that of `parts` blocks, which have one item, a part of its K.
 //
