@@ -59,19 +59,14 @@ def run_random_tokens(model: nn.Module, device: torch.device) -> None:
         NoPassError: it takes no tokens, or its activations would be too large.
         Exception: whatever the model raises.
     """
-    config: Any = getattr(model, "config", None)
-    embedding = input_embedding(model)
-    if config is None or embedding is None:
-        raise NoPassError(f"{type(model).__name__} is no Transformers model with a token embedding")
+    tokens = random_tokens_for(model, LENGTH).to(device)
+    config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     runner = getattr(model, "base_model", model)
     takes_tokens, others = token_arguments(runner, config)
-    longest = getattr(text, "max_position_embeddings", None)
-    length = min(LENGTH, longest) if isinstance(longest, int) and longest > 0 else LENGTH
-    tokens = random_tokens(embedding.num_embeddings, _special_tokens(config, text), length).to(device)
     head = output_head(model)
     layers = [m for m in runner.modules() if type(m) is nn.Linear and m is not head]
-    batch = _batch(layers, text, length)
+    batch = _batch(layers, text, tokens.shape[1])
     with evaluating(model), stopping_at(head), ordinary_tensors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for start in range(0, SEQUENCES, batch):
