@@ -17,9 +17,8 @@ from flute_kernels import FormatError
 __all__ = ["PlainEmbeddingMethod", "PlainLinearMethod"]
 
 
-@register_weight_loader_v2_supported_method
-class PlainLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
-    """vLLM's own, for a linear layer; raises FormatError where a part of the weight has not come.
+class _Filled:
+    """Before one of vLLM's methods: raises FormatError where a part of the weight has not come.
 
     Args:
         name: of the layer.
@@ -30,28 +29,21 @@ class PlainLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self._name = name
 
     def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
-        super().create_weights(layer, *sizes, **more)
+        super().create_weights(layer, *sizes, **more)  # type: ignore[misc]
         layer.weight.data.fill_(math.nan)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         _check_filled(self._name, layer)
-        super().process_weights_after_loading(layer)
+        super().process_weights_after_loading(layer)  # type: ignore[misc]
 
 
-class PlainEmbeddingMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-    """The same for embeddings and heads."""
+@register_weight_loader_v2_supported_method
+class PlainLinearMethod(_Filled, UnquantizedLinearMethod):  # type: ignore[misc]
+    """vLLM's own, for a linear layer."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
 
-    def create_weights(self, layer: Any, *sizes: Any, **more: Any) -> None:
-        super().create_weights(layer, *sizes, **more)
-        layer.weight.data.fill_(math.nan)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        _check_filled(self._name, layer)
-        super().process_weights_after_loading(layer)
+class PlainEmbeddingMethod(_Filled, UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """vLLM's own, for embeddings and heads."""
 
 
 def _check_filled(name: str, layer: Any) -> None:
