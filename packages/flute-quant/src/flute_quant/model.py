@@ -20,7 +20,8 @@ from flute_quant.importance import (
     random_token_importance,
 )
 from flute_quant.importance.tokens import input_embedding
-from flute_quant.methods import Method, data_free_method, resolve_method
+from flute_quant.learning.finish import finish_scales, learns
+from flute_quant.methods import CalibratedMethod, Method, data_free_method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear, QuantizationPlan, plan_modules
 from flute_quant.tensor import ErrorStats, quantize_tensor
@@ -68,6 +69,7 @@ def quantize_model(
     importance: ImportanceOption = "auto",
     calibration: Tensor | None = None,
     progress: Callable[[PlannedLinear, ErrorStats], None] | None = None,
+    learning: Callable[[int, int, float], None] | None = None,
 ) -> tuple[dict[str, QuantizedLinear], ModelReport]:
     """Quantize a model's linear modules where they are; the model itself is not changed.
 
@@ -82,6 +84,8 @@ def quantize_model(
         calibration: token ids ``[S, L]``, whose inputs to every linear module are what it is quantized for.
             Methods made for it need it; for others it measures the importance of input channels.
         progress: called after every module.
+        learning: called after every step that learns scales on the whole model, where the method does, with
+            steps done, steps in all and the loss.
 
     Returns:
         Module name to stored tensors (with the module's bias), and the report.
@@ -108,6 +112,10 @@ def quantize_model(
             linears |= layer.linears
             errors |= layer.errors
             notes |= layer.notes
+        if isinstance(chosen, CalibratedMethod) and learns(chosen):
+            learned = finish_scales(model, linears, tokens, chosen, learning)
+            linears |= learned[0]
+            errors |= learned[1]
     for planned in plan.linears:
         if planned.name in linears:
             continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -19,16 +20,19 @@ from flute_quant.calibration.meter import MomentMeter
 from flute_quant.calibration.store import LayerStore
 from flute_quant.importance.channels import column_importance
 from flute_quant.importance.tokens import evaluating
-from flute_quant.methods import CalibratedMethod, InputMoments, Method, data_free_method
+from flute_quant.learning.blockwise import BlockTraining, train_block
+from flute_quant.methods import CalibratedMethod, InputMoments, Method, Recipe, data_free_method
 from flute_quant.methods.parallel import ordinary_tensors
 from flute_quant.plan import PlannedLinear
 from flute_quant.rotation import unrotate
 from flute_quant.tensor import ErrorStats, quantize_tensor
 
-__all__ = ["LayerResult", "calibrate_layers", "dequantized"]
+__all__ = ["LayerResult", "calibrate_layers", "dequantized", "stored_error"]
 
 # Tokens that run through a layer at once: enough to fill a GPU, and activations of a gigabyte at most.
 _BATCH_TOKENS = 8192
+# And in a step of training, which has the layer's inside for the backward pass as well.
+_STEP_TOKENS = 2048
 
 
 @dataclass
@@ -80,9 +84,12 @@ def calibrate_layers(
     places = [p for p in planned if _is_linear(store.model, p.name)]
     slices = {p.name: place for p in planned if (place := store.slice_of(p.name)) is not None}
     with store.running():
-        calls, hidden = trace_layers(store.model, _batches(tokens), [p.name for p in places], store.device)
+        batches = _batches(tokens, _BATCH_TOKENS if _training(recipe) is None else _STEP_TOKENS)
+        calls, hidden = trace_layers(store.model, batches, [p.name for p in places], store.device)
     drifting = propagate and recipe is not None and recipe.correction > 0
-    plain = list(hidden) if drifting else None
+    training = _training(recipe)
+    # The 16-bit model's hidden states, where they are wanted beside the quantized one's.
+    plain = list(hidden) if propagate and (drifting or training is not None) else None
     where = list(devices) or [store.device]
     for call in calls:
         mine = [p for p in places if p.name.startswith(f"{call.name}.")]
@@ -95,14 +102,16 @@ def calibrate_layers(
                 held = {p.name: (*slices[p.name], p.spec) for p in matrices}
                 parameters = {key: store.model.get_parameter(key).detach() for key, _, _ in held.values()}
                 meter = MomentMeter(modules, held, parameters)
+                # What is behind the layer, where that is the 16-bit one's; training still wants the inputs.
+                behind = hidden if training is None else list(hidden)
                 for i, batch in enumerate(hidden):
                     if plain is not None:
-                        with meter.remembering():
+                        with meter.remembering() if drifting else nullcontext():
                             plain[i] = run(plain[i])
                     with meter.measuring():
-                        behind = run(batch)
+                        output = run(batch)
                     if not propagate:
-                        hidden[i] = behind
+                        behind[i] = output
                 result = _quantize(
                     store,
                     call.name,
@@ -111,9 +120,14 @@ def calibrate_layers(
                     method,
                     scale_dtype,
                     where,
-                    progress,
+                    progress if training is None else None,
                 )
                 del meter
+                if training is not None:
+                    targets = behind if plain is None else plain
+                    _train(store, call, result, [*mine, *matrices], hidden, targets, training, progress)
+                if not propagate:
+                    hidden[:] = behind
             elif plain is not None:
                 plain[:] = map(run, plain)
             if call is calls[-1]:
@@ -151,6 +165,14 @@ def dequantized(linear: QuantizedLinear) -> Tensor:
     return unrotate(weight, spec.hadamard, spec.hadamard_seed) if spec.hadamard else weight
 
 
+def stored_error(weight: Tensor, linear: QuantizedLinear) -> ErrorStats:
+    """How far from a weight ``[N, K]`` is what is stored for it."""
+    exact = weight.to(torch.float32)
+    difference = dequantized(linear).to(weight.device) - exact
+    error, energy = (x.square().sum(dtype=torch.float64) for x in (difference, exact))
+    return ErrorStats(weight.numel(), float(error), float(energy))
+
+
 def _is_linear(model: nn.Module, name: str) -> bool:
     try:
         return isinstance(model.get_submodule(name), nn.Linear)
@@ -166,10 +188,10 @@ def _weight(store: LayerStore, name: str) -> tuple[Tensor, Tensor | None]:
     return module.get_parameter("weight").detach(), module._parameters.get("bias")
 
 
-def _batches(tokens: Tensor) -> list[Tensor]:
+def _batches(tokens: Tensor, most_tokens: int) -> list[Tensor]:
     """All of one shape, so that what layers are given beside hidden states is the same for all."""
     sequences, length = tokens.shape
-    most = max(1, _BATCH_TOKENS // length)
+    most = max(1, most_tokens // length)
     size = next(n for n in range(min(most, sequences), 0, -1) if sequences % n == 0)
     return list(tokens.split(size))
 
@@ -241,6 +263,49 @@ def _quantize(
     result.linears = {name: result.linears[name] for name in order}
     result.errors = {name: result.errors[name] for name in order}
     return result
+
+
+def _training(recipe: Recipe | None) -> BlockTraining | None:
+    if recipe is None or not recipe.epochs:
+        return None
+    return BlockTraining(recipe.epochs, recipe.reach, recipe.scale_reach)
+
+
+def _train(
+    store: LayerStore,
+    call: LayerCall,
+    result: LayerResult,
+    planned: Sequence[PlannedLinear],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    training: BlockTraining,
+    progress: Callable[[PlannedLinear, ErrorStats], None] | None,
+) -> None:
+    """Train the modules of a layer's result, in place; experts that are no modules are as they were."""
+    modules = {p.name: p for p in planned if _is_linear(store.model, p.name)}
+    experts = [p.name for p in planned if p.name not in modules]
+    store.put_matrices({name: dequantized(result.linears[name]) for name in experts})
+    trained = train_block(
+        call.module,
+        call,
+        {name.removeprefix(f"{call.name}."): result.linears[name] for name in modules},
+        inputs,
+        targets,
+        training,
+        device=store.device,
+    )
+    for name in experts:
+        result.notes.setdefault(name, "experts are quantized before their layer is trained and stay so")
+    for key, linear in trained.linears.items():
+        name = f"{call.name}.{key}"
+        weight, _ = _weight(store, name)
+        result.linears[name] = linear
+        result.errors[name] = stored_error(weight, linear)
+        if not trained.after < trained.before:
+            result.notes.setdefault(name, "training its layer gave nothing better than what it began with")
+    if progress is not None:
+        for p in planned:
+            progress(p, result.errors[p.name])
 
 
 def _shares(

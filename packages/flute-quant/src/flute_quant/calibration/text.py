@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flute_quant.errors import QuantizationError
+from flute_quant.evaluation import TokenizedText
 from flute_quant.methods import CalibratedMethod, Method
 
 __all__ = ["OUTSIDE", "CalibrationText", "check_calibration", "check_tokens", "parse_amount"]
@@ -59,10 +60,11 @@ class CalibrationText:
         content = hashlib.sha256(self.read().encode()).hexdigest()
         return f"{content}, {self.sequences} x {self.length}"
 
-    def windows(self, ids: Tensor, longest: int | None) -> tuple[Tensor, str | None]:
-        """Windows of the whole text's token ids ``[T]``, which do not overlap.
+    def windows(self, tokens: TokenizedText, longest: int | None) -> tuple[Tensor, str | None]:
+        """Windows of the whole text, which do not overlap and begin as those of ``compare`` do.
 
         Args:
+            tokens: of the text, with the beginning-of-text token of its windows.
             longest: tokens that the model takes at once, or None.
 
         Returns:
@@ -72,24 +74,24 @@ class CalibrationText:
             QuantizationError: the text is shorter than one window.
         """
         length = min(self.length, longest) if longest else self.length
-        if len(ids) < length:
+        if len(tokens) < length:
             raise QuantizationError(
-                f"The calibration text {self.path} has {len(ids)} tokens; one sequence takes {length}."
+                f"The calibration text {self.path} has {len(tokens.ids)} tokens; one sequence takes {length}."
             )
-        sequences = min(self.sequences, len(ids) // length)
-        starts = torch.linspace(0, len(ids) - length, sequences, dtype=torch.float64).floor().long()
+        taken = length - (tokens.first is not None)
+        sequences = min(self.sequences, len(tokens.ids) // taken)
         note = None
         if (sequences, length) != (self.sequences, self.length):
             reasons = []
             if length < self.length:
                 reasons.append(f"the model takes {length} tokens at once")
             if sequences < self.sequences:
-                reasons.append(f"the text has {len(ids)} tokens")
+                reasons.append(f"the text has {len(tokens.ids)} tokens")
             note = (
                 f"Calibrated with {sequences} x {length} tokens instead of {self.sequences} x {self.length}, "
                 f"because {' and '.join(reasons)}."
             )
-        return torch.stack([ids[start : start + length] for start in starts.tolist()]), note
+        return tokens.windows(sequences, length).tokens, note
 
 
 def parse_amount(text: str) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Calibrate a checkpoint: layer by layer into the work folder, from which its files are put together.
 
 A finished layer is one file there. A resumed run reads those instead of quantizing, and runs the calibration
-tokens through them to where it goes on: activations are not kept.
+tokens through them to where it goes on: activations are not kept. Where scales are then learned on the whole
+model, all that was learned is one more file, which takes the place of the layers' own.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from flute_kernels import FormatError, QuantizedLinear
 from flute_quant.calibration.run import LayerResult, calibrate_layers
 from flute_quant.calibration.text import CalibrationText, check_tokens
 from flute_quant.checkpoint.layout import CheckpointPlan
+from flute_quant.checkpoint.loading import load_model
 from flute_quant.checkpoint.measure import compute_dtype
 from flute_quant.checkpoint.streaming import StreamedModel
 from flute_quant.checkpoint.structure import build_structure, quiet_transformers
 from flute_quant.checkpoint.workfolder import write_synced
 from flute_quant.errors import QuantizationError
-from flute_quant.evaluation import load_tokenizer
+from flute_quant.evaluation import load_tokenizer, tokenized
 from flute_quant.importance.tokens import NoPassError, input_embedding
+from flute_quant.learning.finish import NOT_LEARNED, finish_scales, learns
 from flute_quant.methods import CalibratedMethod, InputMoments
 from flute_quant.plan import PlannedLinear
 from flute_quant.tensor import ErrorStats, fit_spec, quantize_tensor
@@ -36,6 +39,7 @@ from flute_quant.tensor import ErrorStats, fit_spec, quantize_tensor
 __all__ = ["Calibrated", "calibrate_folder", "estimate_calibration", "kept_bytes"]
 
 _LAYERS = "calibrated"
+_LEARNED = "learned"
 # The matrix that the estimate is made with.
 _ROWS, _COLUMNS = 256, 1024
 
@@ -83,6 +87,7 @@ def calibrate_folder(
     devices: Sequence[torch.device] = (),
     scale_dtype: torch.dtype,
     progress: Callable[[str, float | None, int], None] | None = None,
+    learning: Callable[[int, int, float], None] | None = None,
 ) -> Calibrated:
     """Quantize the linear modules of a checkpoint's layers for the inputs that tokens give them.
 
@@ -94,6 +99,7 @@ def calibrate_folder(
         devices: where modules are quantized, by default there.
         progress: called with name, relative error and weights of every module, or with a layer taken over,
             None and its weights.
+        learning: called after every step that learns scales on the whole model.
 
     Raises:
         QuantizationError: the model cannot be run layer by layer, the text is too short, inputs are not
@@ -139,13 +145,46 @@ def calibrate_folder(
                 calibrated.add(result, file)
         except NoPassError as error:
             raise QuantizationError(f"{plan.folder.path} cannot be calibrated: {error}.") from None
+    if isinstance(plan.method, CalibratedMethod) and learns(plan.method):
+        file = folder / f"{_LEARNED}.safetensors"
+        found = _read_layer(file, _LEARNED, linears)
+        if found is None:
+            found = _learned(plan, calibrated, tokens, plan.method, device, learning)
+            _write_layer(file, found)
+        calibrated.add(found, file)
     return calibrated
+
+
+def _learned(
+    plan: CheckpointPlan,
+    calibrated: Calibrated,
+    tokens: Tensor,
+    method: CalibratedMethod,
+    device: torch.device,
+    progress: Callable[[int, int, float], None] | None,
+) -> LayerResult:
+    """Scales learned on the whole model, which is in memory for it."""
+    stored = {
+        p.name: QuantizedLinear.from_tensors(
+            {f"{p.name}.{part}": value for part, value in calibrated.tensors(p).items()},
+            p.spec,
+            prefix=f"{p.name}.",
+        )
+        for p in plan.modules.linears
+        if p.name in calibrated.errors
+    }
+    with torch.inference_mode(False), torch.device("cpu"):
+        model = load_model(plan.folder, compute_dtype(plan.folder, device)).to(device).eval()
+    linears, errors = finish_scales(model, stored, tokens, method, progress)
+    notes = {name: NOT_LEARNED for name in stored if name not in linears and name not in calibrated.notes}
+    return LayerResult(_LEARNED, linears, errors, notes)
 
 
 def kept_bytes(plan: CheckpointPlan, work: Path) -> int:
     """Bytes that finished layers will take in the work folder beside those that are there."""
     there = sum(file.stat().st_size for file in (work / _LAYERS).glob("*.safetensors"))
-    return max(0, round(plan.bits_per_weight * plan.weights / 8) - there)
+    copies = 2 if learns(plan.method) else 1
+    return max(0, round(copies * plan.bits_per_weight * plan.weights / 8) - there)
 
 
 def estimate_calibration(plan: CheckpointPlan, text: CalibrationText, device: torch.device) -> float:
@@ -171,12 +210,19 @@ def estimate_calibration(plan: CheckpointPlan, text: CalibrationText, device: to
     float(torch.nn.functional.linear(x, weight)[0, 0])
     product = (time.monotonic() - started) / (len(x) * _ROWS * _COLUMNS)
     recipe = plan.method.recipe if isinstance(plan.method, CalibratedMethod) else None
-    passes = 1 + (recipe is None or recipe.propagate) + (recipe is not None and recipe.correction > 0)
+    passes = 1.0 + (recipe is None or recipe.propagate)
+    whole = 0
+    if recipe is not None:
+        passes += recipe.correction > 0 or (recipe.epochs > 0 and recipe.propagate)
+        # Of training, before and after it one pass each; of a step, one forward and two backward.
+        passes += 2 * (recipe.epochs > 0) + 3 * recipe.epochs
+        # Forward as the model is and as it will be, once more of the latter, and two backward.
+        whole = 5 * recipe.learn_epochs if recipe.learn != "none" else 0
     tokens = text.sequences * text.length
     # A module's inputs are multiplied with themselves as well.
     squares = sum(p.in_features**2 for p in plan.modules.linears)
     others = plan.coverage.total - plan.coverage.embeddings
-    return once * size + product * tokens * (passes * others + squares)
+    return once * size + product * tokens * (passes * others + squares + whole * plan.coverage.total)
 
 
 def _watchable(model: torch.nn.Module) -> None:
@@ -194,18 +240,13 @@ def _tokens(plan: CheckpointPlan, model: Any, text: CalibrationText | Tensor) ->
         return check_tokens(text, vocabulary), None
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     longest = getattr(config, "max_position_embeddings", None)
+    with quiet_transformers():
+        words = tokenized(load_tokenizer(plan.folder.path), text.read())
     ids, note = text.windows(
-        _tokenize(plan.folder.path, text.read()),
+        words,
         longest if isinstance(longest, int) and longest > 0 else None,
     )
     return check_tokens(ids, vocabulary), note
-
-
-def _tokenize(folder: Path, text: str) -> Tensor:
-    """Token ids ``[T]``; a beginning-of-text token belongs to the first window only."""
-    with quiet_transformers():
-        ids: Tensor = load_tokenizer(folder)(text, return_tensors="pt", verbose=False)["input_ids"][0]
-    return ids
 
 
 def _write_layer(file: Path, result: LayerResult) -> None:

@@ -176,6 +176,7 @@ def quantize_checkpoint(
     calibration: CalibrationText | Tensor | None = None,
     measuring: Callable[[int, int], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    learning: Callable[[int, int, float], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> CheckpointReport:
     """Quantize a Hugging Face checkpoint folder (or a GGUF file) into another folder.
@@ -208,6 +209,8 @@ def quantize_checkpoint(
             quantized for. Methods made for it need it; for others it measures the importance of channels.
         measuring: called during that pass with the modules reached so far, and in all.
         progress: called after every module.
+        learning: called after every step that learns scales on the whole model, where the method does, with
+            steps done, steps in all and the loss.
         say: receives one sentence when an earlier partial output is resumed or discarded.
 
     Raises:
@@ -276,6 +279,7 @@ def quantize_checkpoint(
                     devices=devices,
                     scale_dtype=scale_dtype,
                     progress=tell,
+                    learning=learning,
                 )
                 if calibrated.note is not None and say is not None:
                     say(calibrated.note)

@@ -61,6 +61,11 @@ class ProgressView:
         self._begin("measuring")
         self.step("measuring input channels", done, total)
 
+    def learning(self, done: int, total: int, loss: float) -> None:
+        """A step that learns scales on the whole model is done."""
+        self._begin("learning")
+        self.step(f"learning scales  loss {loss:.4f}", done, total)
+
     def stage(self, what: str, done: int, total: int) -> None:
         """``done`` of ``total`` steps of one stage of the work are finished."""
         self._begin(what)

@@ -229,6 +229,7 @@ def _run(options: argparse.Namespace) -> int:
             calibration=calibration,
             measuring=view.measuring,
             progress=view.quantized,
+            learning=view.learning,
             say=view.say,
         )
     _print_report(report)

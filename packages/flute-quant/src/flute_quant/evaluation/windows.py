@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flute_quant.errors import CheckpointError, QuantizationError, one_line
 
-__all__ = ["BOS_POLICIES", "Windows", "load_tokenizer", "text_windows"]
+__all__ = ["BOS_POLICIES", "TokenizedText", "Windows", "load_tokenizer", "text_windows", "tokenized"]
 
 BOS_POLICIES = ("auto", "each", "none")
 """``each``: every window begins with the beginning-of-text token. ``none``: no window does. ``auto``:
@@ -51,6 +51,47 @@ def text_windows(
     """
     if count < 1 or length < 2:
         raise QuantizationError(f"windows is {count} and length {length}; expected at least 1 and 2.")
+    tokens = tokenized(tokenizer, text, bos=bos)
+    if len(tokens) < length:
+        taken = length - (tokens.first is not None)
+        raise QuantizationError(f"The text has {len(tokens.ids)} tokens; one window needs {taken}.")
+    return tokens.windows(count, length)
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text's tokens, and what every window of them begins with.
+
+    Args:
+        ids: int64 ``[T]``, of the text alone.
+        first: the beginning-of-text token, or None where windows begin with none.
+        bos: the same in words, see :class:`Windows`.
+    """
+
+    ids: Tensor
+    first: int | None
+    bos: str
+
+    def __len__(self) -> int:
+        """Of the longest window."""
+        return len(self.ids) + (self.first is not None)
+
+    def windows(self, count: int, length: int) -> Windows:
+        """``count`` windows of ``length`` tokens, at most as many as there are, evenly spaced."""
+        taken = length - (self.first is not None)
+        last = len(self.ids) - taken
+        starts = [round(i * last / max(count - 1, 1)) for i in range(count)]
+        tokens = torch.stack([self.ids[start : start + taken] for start in starts])
+        if self.first is not None:
+            tokens = torch.cat([tokens.new_full((count, 1), self.first), tokens], 1)
+        return Windows(tokens, self.bos)
+
+
+def tokenized(tokenizer: Any, text: str, *, bos: str = "auto") -> TokenizedText:
+    """A text to take windows from: the one place that decides what these begin with.
+
+    Arguments and errors are those of :func:`text_windows`.
+    """
     if bos not in BOS_POLICIES:
         raise QuantizationError(f"bos is {bos!r}; supported are {', '.join(BOS_POLICIES)}.")
     first = tokenizer.bos_token_id
@@ -59,15 +100,9 @@ def text_windows(
     if bos == "each" and first is None:
         raise QuantizationError("bos is 'each', and the tokenizer has no beginning-of-text token.")
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
-    taken = length - (bos == "each")
-    if len(ids) < taken:
-        raise QuantizationError(f"The text has {len(ids)} tokens; one window needs {taken}.")
-    last = len(ids) - taken
-    starts = [round(i * last / max(count - 1, 1)) for i in range(count)]
-    tokens = torch.stack([ids[start : start + taken] for start in starts])
     if bos == "none":
-        return Windows(tokens, "none")
-    return Windows(torch.cat([tokens.new_full((count, 1), first), tokens], 1), str(tokenizer.bos_token))
+        return TokenizedText(ids, None, "none")
+    return TokenizedText(ids, first, str(tokenizer.bos_token))
 
 
 def load_tokenizer(folder: Path) -> Any:

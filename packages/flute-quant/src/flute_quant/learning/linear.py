@@ -47,9 +47,10 @@ class LearnedLinear(nn.Module):
         self.spec = quantized.spec
         self._linear = [linear]  # in a list, so that it is no part of this module's state
         self._quantized = quantized
-        self._nearest_codes = nearest_codes
         self._teaching = teaching
         weight = linear.weight
+        # Where they are unpacked in every pass.
+        self._qweight = None if nearest_codes else quantized.qweight.to(weight.device)
         table = quantized.codebook[0].to(weight.device, torch.float32)
         self._nearest = nearest_for(table[:, 0].contiguous() if self.spec.vector_size == 1 else table)
         self.scales = nn.Parameter(quantized.scales.to(weight.device, torch.float32))
@@ -66,10 +67,8 @@ class LearnedLinear(nn.Module):
 
     def codes(self, scales: Tensor) -> Tensor:
         """Integer codes ``[N, K / p]`` for scales ``[N, K / g]``."""
-        if not self._nearest_codes:
-            stored = self._quantized
-            codes = unpack_codes(stored.qweight, self.spec.bits, self.spec.vector_size)
-            return codes.to(scales.device)
+        if self._qweight is not None:
+            return unpack_codes(self._qweight, self.spec.bits, self.spec.vector_size)
         weight = self._linear[0].weight.detach().to(torch.float32)
         if self.spec.hadamard:
             weight = rotate(weight, self.spec.hadamard, self.spec.hadamard_seed)

@@ -9,7 +9,7 @@ about the text than the text does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from flute_quant.calibration.text import check_tokens
 from flute_quant.errors import QuantizationError
 from flute_quant.importance.tokens import evaluating, input_embedding
 from flute_quant.learning.linear import LearnedLinear, Teaching
+from flute_quant.learning.replaced import replaced, without_gradients
 
 __all__ = ["LOSSES", "learn_scales"]
 
@@ -78,14 +79,14 @@ def learn_scales(
         raise QuantizationError(f"The calibration tokens are {list(ids.shape)}; a step needs two tokens.")
     teaching = Teaching()
     steps = epochs * len(ids)
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        evaluating(model),
-        _without_gradients(model),
-        _learned(model, linears, nearest_codes, teaching) as modules,
-        _checkpointed(model, list(linears)),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(evaluating(model))
+        stack.enter_context(without_gradients(model))
+        modules = _modules(model, linears, nearest_codes, teaching)
+        stack.enter_context(replaced(model, modules))
+        stack.enter_context(_checkpointed(model, list(linears)))
         optimizer = torch.optim.Adam([m.scales for m in modules.values()], lr=learning_rate)
         for step in range(steps):
             window = ids[step % len(ids)][None].to(embedding.weight.device)
@@ -115,27 +116,16 @@ def _loss(model: nn.Module, window: Tensor, loss: str, teaching: Teaching) -> Te
     return nn.functional.kl_div(logits.log_softmax(1), wanted, log_target=True, reduction="batchmean")
 
 
-@contextmanager
-def _learned(
+def _modules(
     model: nn.Module, linears: Mapping[str, QuantizedLinear], nearest_codes: bool, teaching: Teaching
-) -> Iterator[dict[str, LearnedLinear]]:
-    """The modules replaced inside of the context."""
+) -> dict[str, LearnedLinear]:
     modules = {}
-    before: list[tuple[nn.Module, str, nn.Module]] = []
-    try:
-        for name, quantized in linears.items():
-            linear = model.get_submodule(name)
-            if not isinstance(linear, nn.Linear):
-                raise QuantizationError(f"{name} is a {type(linear).__name__}; expected a linear module.")
-            parent, _, key = name.rpartition(".")
-            owner = model.get_submodule(parent)
-            modules[name] = LearnedLinear(linear, quantized, nearest_codes, teaching)
-            before.append((owner, key, linear))
-            setattr(owner, key, modules[name])
-        yield modules
-    finally:
-        for owner, key, linear in before:
-            setattr(owner, key, linear)
+    for name, quantized in linears.items():
+        linear = model.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise QuantizationError(f"{name} is a {type(linear).__name__}; expected a linear module.")
+        modules[name] = LearnedLinear(linear, quantized, nearest_codes, teaching)
+    return modules
 
 
 @contextmanager
@@ -150,16 +140,3 @@ def _checkpointed(model: nn.Module, linears: list[str]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """Nothing but scales has gradients."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)

@@ -9,10 +9,14 @@ from typing import Any
 
 from flute_quant.errors import QuantizationError
 
-__all__ = ["REFITS", "Recipe", "load_recipe"]
+__all__ = ["LEARNED", "REFITS", "Recipe", "load_recipe"]
 
 REFITS = ("scales", "table", "codes")
 """What a round of alternating least squares can solve for, in this order."""
+
+LEARNED = ("none", "kl", "nll")
+"""What scales are learned for at last, on the whole model: nothing, its divergence from the 16-bit model, or the
+likelihood of the text."""
 
 _TABLES = ("start", "kmeans")
 # A recipe is a dozen lines.
@@ -40,6 +44,14 @@ class Recipe:
         propagate: whether a layer's inputs are those of the quantized model instead of the 16-bit one.
         correction: how far, from 0 to 1, weights are moved to give the 16-bit outputs on the inputs of the
             quantized model, before they are rounded. Needs ``propagate`` and another pass.
+        epochs: passes over the tokens in which a layer's codes and scales are trained for the layer's 16-bit
+            output, after all of the above.
+        reach: how far a weight can move in them, in mean distances of neighbouring table entries.
+        scale_reach: how far a scale can move in them, relative to itself.
+        learn: what the scales of the whole model are learned for after that, one of :data:`LEARNED`. Codes stay,
+            but where nothing but the start chose them: there each weight keeps to its nearest entry.
+        learn_epochs: passes over the tokens for it.
+        learning_rate: of Adam.
 
     Raises:
         QuantizationError: a value outside of its range.
@@ -55,6 +67,12 @@ class Recipe:
     refit: tuple[str, ...] = REFITS
     propagate: bool = True
     correction: float = 0.0
+    epochs: int = 0
+    reach: float = 0.25
+    scale_reach: float = 0.02
+    learn: str = "none"
+    learn_epochs: int = 1
+    learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
         # A file's values may be of any type, whatever the annotations say.
@@ -66,11 +84,21 @@ class Recipe:
         self._require("damping", _is_number(self.damping, 1e-8, 10), "a number from 1e-8 to 10")
         self._require("shrink", _is_number(self.shrink, 0, 1), "a number from 0 to 1")
         self._require("correction", _is_number(self.correction, 0, 1), "a number from 0 to 1")
-        whole = type(values["rounds"]) is int
-        self._require("rounds", whole and 0 <= self.rounds <= 100, "a whole number from 0 to 100")
+        for name, low, high in (("rounds", 0, 100), ("epochs", 0, 1000), ("learn_epochs", 1, 1000)):
+            good = type(values[name]) is int and low <= values[name] <= high
+            self._require(name, good, f"a whole number from {low} to {high}")
+        self._require("reach", _is_number(self.reach, 0, 10), "a number from 0 to 10")
+        self._require("scale_reach", _is_number(self.scale_reach, 0, 0.5), "a number from 0 to 0.5")
+        self._require("learn", values["learn"] in LEARNED, "one of " + ", ".join(map(repr, LEARNED)))
+        self._require("learning_rate", _is_number(self.learning_rate, 1e-8, 1), "a number from 1e-8 to 1")
         known = isinstance(values["refit"], tuple) and set(self.refit) <= set(REFITS)
         self._require("refit", known, f"a list of some of {', '.join(REFITS)}")
         self._require("correction", self.propagate or not self.correction, "0 where propagate is false")
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether codes are others than each weight's nearest entry under its start's scales."""
+        return self.feedback or self.rounds > 0 or self.epochs > 0
 
     def _require(self, name: str, good: bool, expected: str) -> None:
         if not good:

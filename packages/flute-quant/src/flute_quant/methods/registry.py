@@ -67,6 +67,8 @@ _SIGNED = TableMethod(
     wants_importance=True,
 )
 
+_NF = TableMethod("nf", "NormalFloat, scaled by the largest weight of a group", _NORMALFLOAT, AbsMax())
+
 _PAIRS = TableMethod(
     "lloyd-pairs",
     "2-D Gaussian table of pairs (vector size 2), scale of least squared error",
@@ -77,7 +79,7 @@ _PAIRS = TableMethod(
 _METHODS: dict[str, Method] = {}
 for _method in (
     _SIGNED,
-    TableMethod("nf", "NormalFloat, scaled by the largest weight of a group", _NORMALFLOAT, AbsMax()),
+    _NF,
     TableMethod(
         "nf-search", "NormalFloat, signed scale of least squared error", _NORMALFLOAT, Search(signed=True)
     ),
@@ -114,6 +116,19 @@ for _method in (
         _SIGNED,
         _PAIRS,
         Recipe(shrink=0.3, damping=0.1, rounds=2),
+    ),
+    CalibratedMethod(
+        "blockwise",
+        "codes and scales trained for the output of one layer at a time",
+        _SIGNED,
+        _PAIRS,
+        Recipe(shrink=0.3, damping=0.1, rounds=2, epochs=4),
+    ),
+    CalibratedMethod(
+        "nfl",
+        "NormalFloat, scales learned on the whole model, which is in memory",
+        _NF,
+        recipe=Recipe(start="nf", feedback=False, propagate=False, learn="kl"),
     ),
 ):
     _METHODS[_method.name] = _method
