@@ -302,3 +302,56 @@ def test_the_destination_is_looked_at_before_anything_is_measured(
     said = capsys.readouterr()
     assert "there" in said.err
     assert "Allocated" not in said.out
+
+
+# --- the check on held-out tokens ----------------------------------------------------------------
+
+
+def test_the_result_is_the_best_of_some_on_held_out_tokens(checkpoints: Checkpoints) -> None:
+    """Its divergence is what the quantized model then has, and no more than with one spec for all layers."""
+    model = load(checkpoints("llama-fp32"))
+    spec = QuantSpec(3, 32)
+    tokens, held_out = torch.randint(3, 128, (2, 4, 32), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"method": "lloyd", "tokens": tokens, "held_out": held_out}
+    found = allocate_model(model, 3.6, spec, **options)
+    assert list(found.checked)[0] == "what the losses say"
+    assert list(found.checked)[-1] == "3 bits g32 for all"
+    least = min(found.checked.values())
+
+    def divergence(**more: Any) -> float:
+        linears, _ = quantize_model(model, spec, method="lloyd", **more)
+        return measured_divergences(model, [tuple(linears)], lambda n: linears[n].dequantize(), held_out)[0]
+
+    assert divergence(overrides=found.overrides) == pytest.approx(least, rel=1e-4)
+    assert divergence() == pytest.approx(found.checked["3 bits g32 for all"], rel=1e-4)
+    verdict = found.verdict()
+    assert verdict is not None
+    assert f"{least:.4f}" in verdict
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_whatever_is_best_is_kept(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    from flute_quant.allocation import allocate as module
+
+    monkeypatch.setattr(
+        module._Task, "_measured", lambda self, specs, *more: [float(i != best) for i in range(len(specs))]
+    )
+    found = allocate_model(load(checkpoints("llama-fp32")), 3.6, QuantSpec(3, 32), method="lloyd")
+    kept = list(found.checked)[best]
+    assert found.verdict() is not None
+    assert str(found.verdict()).endswith(f"kept: {kept}.")
+    assert (set(found.specs.values()) == {QuantSpec(3, 32)}) == (kept == "3 bits g32 for all")
+    if kept == "no layer below 3 bits":
+        assert min(spec.bits for spec in found.specs.values()) == 3
+
+
+def test_errors_alone_and_single_choices_are_not_checked(checkpoints: Checkpoints) -> None:
+    model = load(checkpoints("llama-fp32"))
+    spec = QuantSpec(3, 32)
+    found = [
+        allocate_model(model, 3.6, spec, method="lloyd", sensitivity="error"),
+        allocate_model(model, 9, spec, method="lloyd", choices=[QuantSpec(4, 32)]),
+    ]
+    assert [(x.checked, x.verdict()) for x in found] == [({}, None)] * 2

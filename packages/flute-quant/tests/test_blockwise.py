@@ -99,9 +99,7 @@ def test_gradients_pass_straight_through_the_rounding(spec: QuantSpec) -> None:
     weight = stored.dequantize().view(32, 2, 32)
     assert module.positions.grad is not None
     assert module.stretch.grad is not None
-    torch.testing.assert_close(
-        module.positions.grad, (of_weight * scales).view(32, 64), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(module.positions.grad, (of_weight * scales).view(32, 64), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(module.stretch.grad, (of_weight * weight).sum(2), rtol=1e-4, atol=1e-4)
 
 

@@ -35,6 +35,7 @@ from flute_quant.checkpoint.layout import plan_folder
 from flute_quant.checkpoint.source import CheckpointFolder
 from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.cli import main
+from flute_quant.evaluation import TokenizedText, load_tokenizer, text_windows
 from flute_quant.importance.channels import column_importance
 from flute_quant.methods import CalibratedMethod, InputMoments, calibrated
 from flute_quant.rotation import rotate
@@ -516,10 +517,10 @@ def test_refusals(
 
 def test_windows_are_evenly_spaced_and_do_not_overlap(tmp_path: Path) -> None:
     text = CalibrationText(tmp_path / "none", 4, 10)
-    found, note = text.windows(torch.arange(100), None)
+    found, note = text.windows(TokenizedText(torch.arange(100), None, "none"), None)
     assert found[:, 0].tolist() == [0, 30, 60, 90]
     assert note is None
-    found, note = text.windows(torch.arange(25), 8)
+    found, note = text.windows(TokenizedText(torch.arange(25), None, "none"), 8)
     assert found.shape == (3, 8)
     assert found[:, 0].tolist() == [0, 8, 17]
     assert note == (
@@ -527,7 +528,59 @@ def test_windows_are_evenly_spaced_and_do_not_overlap(tmp_path: Path) -> None:
         "because the model takes 8 tokens at once and the text has 25 tokens."
     )
     with pytest.raises(QuantizationError, match="has 9 tokens; one sequence takes 10"):
-        text.windows(torch.arange(9), None)
+        text.windows(TokenizedText(torch.arange(9), None, "none"), None)
+
+
+def test_a_token_that_windows_begin_with_is_one_of_theirs(tmp_path: Path) -> None:
+    """Nine tokens of the text and one before them make a window of ten."""
+    text = CalibrationText(tmp_path / "none", 4, 10)
+    found, note = text.windows(TokenizedText(torch.arange(36), 99, "<s>"), None)
+    assert found[:, 0].tolist() == [99] * 4
+    assert found[:, 1:].flatten().tolist() == list(range(36))
+    assert note is None
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_windows_begin_as_those_of_compare(
+    copy_of: Callable[[str], Path], tmp_path: Path, text: Path, begins: bool
+) -> None:
+    """With the beginning-of-text token where the tokenizer puts one before a text, else without."""
+    source = copy_of("llama")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    if begins:
+        file = source / "tokenizer.json"
+        tokenizer = json.loads(file.read_text())
+        tokenizer["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "<s>", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+        }
+        file.write_text(json.dumps(tokenizer))
+    tokens: list[Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        from flute_quant.checkpoint import calibrate as module
+
+        def look(store: Any, planned: Any, ids: Tensor, *args: Any, **options: Any) -> Any:
+            tokens.append(ids)
+            return calibrate_layers(store, planned, ids, *args, **options)
+
+        patch.setattr(module, "calibrate_layers", look)
+        plan = plan_folder(CheckpointFolder.open(source), SPEC, method=method())
+        calibrate_folder(
+            plan,
+            tmp_path,
+            CalibrationText(text, 4, 32),
+            device=torch.device("cpu"),
+            scale_dtype=torch.float16,
+        )
+    expected = text_windows(load_tokenizer(source), text.read_text(), count=4, length=32)
+    assert expected.bos == ("<s>" if begins else "none")
+    assert torch.equal(tokens[0], expected.tokens)
 
 
 def test_amounts() -> None:
@@ -550,7 +603,9 @@ def test_a_text_that_is_not_text(tmp_path: Path) -> None:
 
 
 def test_a_recipe_is_read_as_it_is_written(tmp_path: Path) -> None:
-    recipe = Recipe(start="lloyd", table="kmeans", rounds=2, refit=("codes",), shrink=0.25)
+    recipe = Recipe(
+        start="lloyd", table="kmeans", rounds=2, refit=("codes",), shrink=0.25, epochs=2, learn="nll"
+    )
     file = tmp_path / "mine.json"
     file.write_text(json.dumps(recipe.to_dict()))
     assert load_recipe(file) == recipe
@@ -572,6 +627,12 @@ def test_a_recipe_in_yaml(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ('{"round": 1}', "a key 'round'; there are start, table, feedback"),
+        ('{"epochs": -1}', "epochs = -1; expected a whole number from 0 to 1000"),
+        ('{"reach": -1}', "reach = -1; expected a number from 0 to 10"),
+        ('{"scale_reach": 1}', "scale_reach = 1; expected a number from 0 to 0.5"),
+        ('{"learn": "mse"}', "learn = 'mse'; expected one of 'none', 'kl', 'nll'"),
+        ('{"learn_epochs": 0}', "learn_epochs = 0; expected a whole number from 1 to 1000"),
+        ('{"learning_rate": 0}', "learning_rate = 0; expected a number from 1e-8 to 1"),
         ('{"rounds": -1}', "rounds = -1; expected a whole number from 0 to 100"),
         ('{"rounds": true}', "rounds = True; expected a whole number"),
         ('{"damping": 0}', "damping = 0; expected a number from 1e-8 to 10"),

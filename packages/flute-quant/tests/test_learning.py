@@ -9,11 +9,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear, QuantSpec
-from flute_quant import QuantizationError, learn_scales, quantize_model, quantize_tensor
+from flute_kernels.format import unpack_codes
+from flute_quant import (
+    QuantizationError,
+    Recipe,
+    learn_scales,
+    quantize_checkpoint,
+    quantize_model,
+    quantize_tensor,
+    recipe_method,
+)
 from flute_quant.calibration.run import dequantized
+from flute_quant.cli import main
+from flute_quant.codebooks import normalfloat_table
 from flute_quant.learning.linear import LearnedLinear, Teaching
 from flute_quant.rotation import rotate
 
@@ -150,3 +162,116 @@ def test_a_loss_that_is_not_finite_is_refused(checkpoints: Checkpoints) -> None:
     with pytest.raises(QuantizationError, match="loss of step 1 of 6 is nan"):
         learn_scales(model, linears, TOKENS)
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+
+
+# --- as a method ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["kl", "nll"])
+def test_the_method_learns_normalfloat_scales_on_the_calibration_tokens(
+    checkpoints: Checkpoints, loss: str
+) -> None:
+    """The table is NormalFloat's, each code its weight's nearest entry, the result that of the function."""
+    model = load(checkpoints("llama"))
+    spec = QuantSpec(3, 32)
+    start, _ = quantize_model(model, spec, method="nf")
+    recipe = Recipe(start="nf", feedback=False, propagate=False, learn=loss, learn_epochs=2)
+    method = "nfl" if loss == "kl" else recipe_method(recipe)
+    seen: list[int] = []
+    found, report = quantize_model(
+        model, spec, method=method, calibration=TOKENS, learning=lambda done, total, value: seen.append(total)
+    )
+    epochs = 1 if loss == "kl" else 2
+    assert seen == [6 * epochs] * (6 * epochs)
+    expected = learn_scales(model, start, TOKENS, loss=loss, epochs=epochs)
+    for name, linear in found.items():
+        assert torch.equal(linear.codebook.flatten(), normalfloat_table(3).half())
+        assert torch.equal(linear.qweight, expected[name].qweight)
+        assert torch.equal(linear.scales, expected[name].scales)
+        weight = model.get_submodule(name).weight.detach()
+        groups = weight.view(*linear.scales.shape, -1) / linear.scales.float()[..., None]
+        nearest = (groups[..., None] - linear.codebook.flatten().float()).abs().argmin(-1)
+        codes = unpack_codes(linear.qweight, 3).view(nearest.shape)
+        assert float((codes == nearest).float().mean()) > 0.999  # ties aside
+        exact = float((dequantized(linear) - weight).square().sum() / weight.square().sum())
+        assert report.errors[name].relative == pytest.approx(exact, rel=1e-4)
+
+
+def test_after_feedback_codes_stay(checkpoints: Checkpoints) -> None:
+    model = load(checkpoints("llama"))
+    before, after = (
+        quantize_model(model, QuantSpec(3, 32), method=recipe_method(Recipe(learn=learn)), calibration=TOKENS)
+        for learn in ("none", "kl")
+    )
+    for name, linear in after[0].items():
+        assert torch.equal(linear.qweight, before[0][name].qweight)
+        assert not torch.equal(linear.scales, before[0][name].scales)
+
+
+def test_a_checkpoint_is_what_it_is_in_memory_and_a_resumed_run_does_not_learn_again(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    class Stop(BaseException):
+        """Like KeyboardInterrupt: no failure."""
+
+    source, out = checkpoints("llama-sharded"), tmp_path / "out"
+    options: dict[str, Any] = {"method": "nfl", "calibration": TOKENS}
+    steps: list[int] = []
+
+    def stop(event: Any) -> None:
+        if steps:
+            raise Stop
+
+    def learning(done: int, total: int, loss: float) -> None:
+        steps.append(done)
+
+    # lm_head is no layer's: it is quantized after all scales are learned.
+    options["include"] = ["lm_head"]
+    with pytest.raises(Stop):
+        quantize_checkpoint(source, out, QuantSpec(3, 32), learning=learning, progress=stop, **options)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    report = quantize_checkpoint(source, out, QuantSpec(3, 32), learning=learning, **options)
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert report.resumed >= 2  # the layers, and the files that were written before the head
+    stored: dict[str, Tensor] = {}
+    for file in out.glob("*.safetensors"):
+        stored |= load_file(file)
+    linears, memory = quantize_model(load(source), QuantSpec(3, 32), **options)
+    for name, linear in linears.items():
+        for part, value in linear.to_tensors(f"{name}.").items():
+            assert torch.equal(stored[part], value), part
+        assert report.errors[name] == pytest.approx(memory.errors[name].relative, rel=1e-4)
+
+
+def test_experts_are_not_learned_which_is_noted(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    report = quantize_checkpoint(
+        checkpoints("mixtral"),
+        tmp_path / "out",
+        QuantSpec(3, 32),
+        method="nfl",
+        calibration=TOKENS,
+        experts=True,
+        min_coverage=0,
+    )
+    assert report.calibration
+    assert all("expert" in name for name in report.calibration)
+    assert set(report.calibration.values()) == {
+        "experts are no modules of the model, so that their scales are not learned"
+    }
+
+
+def test_the_command_line(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{i * 7 % 124}" for i in range(500)))
+    arguments = ["quantize", str(checkpoints("llama")), str(tmp_path / "out"), "--bits", "3"]
+    calibration = ["--calibration", str(text), "--calibration-tokens", "4x32"]
+    assert main([*arguments, "--method", "nfl"]) == 2
+    assert "it needs a text or tokens to calibrate with" in capsys.readouterr().err
+    assert main([*arguments, "--method", "nfl", "--dry-run", *calibration]) == 0
+    assert "method nfl, estimated time" in capsys.readouterr().out
+    assert main([*arguments, "--method", "nfl", *calibration]) == 0
+    shown = capsys.readouterr()
+    assert "method nfl" in shown.out
+    assert "learning scales  loss" in shown.err

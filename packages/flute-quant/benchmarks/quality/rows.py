@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flute_kernels import QuantizedLinear, QuantSpec
-from flute_quant import quantize_model
+from flute_quant import Recipe, quantize_model, recipe_method
 from flute_quant.rotation import AUTO_HADAMARD, unrotate
 
 __all__ = ["Made", "Row", "Workshop", "load_rows"]
@@ -35,6 +35,7 @@ class Row:
         bits: bits a weight, or the average that bits are allocated for.
         group_size, vector_size, hadamard: of the spec.
         method, importance: of ours.
+        recipe: steps of a calibrated method instead of ``method``, as a recipe file has them.
         arguments: more keyword arguments of ``quantize_model``; ``calibration`` comes with ``calibrated``.
         peer: script in ``peers/`` that does it instead, or None.
         options: of that script.
@@ -49,6 +50,7 @@ class Row:
     hadamard: int = 0
     method: str = "default"
     importance: str = "auto"
+    recipe: dict[str, Any] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     peer: str | None = None
     options: tuple[str, ...] = ()
@@ -133,6 +135,9 @@ class Workshop:
         started = time.monotonic()
         bits = 4 if row.is_allocated else int(row.bits)
         spec = QuantSpec(bits, row.group_size, row.vector_size, row.hadamard)
+        method: Any = row.method
+        if row.recipe is not None:
+            method = recipe_method(Recipe.from_dict(row.recipe), name=row.name)
         if row.is_allocated:
             from flute_quant.allocation import allocate_model
 
@@ -141,14 +146,12 @@ class Workshop:
                 model,
                 row.bits,
                 spec,
-                method=row.method,
+                method=method,
                 importance=row.importance,
                 tokens=None if tokens is None else tokens[:2],
             )
             arguments["overrides"] = allocation.overrides
-        linears, report = quantize_model(
-            model, spec, method=row.method, importance=row.importance, **arguments
-        )
+        linears, report = quantize_model(model, spec, method=method, importance=row.importance, **arguments)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.monotonic() - started

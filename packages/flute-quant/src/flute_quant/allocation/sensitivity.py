@@ -12,7 +12,7 @@ from flute_quant.errors import QuantizationError
 from flute_quant.importance.tokens import NoPassError, evaluating, random_tokens_for
 from flute_quant.methods.parallel import ordinary_tensors
 
-__all__ = ["measured_divergences"]
+__all__ = ["held_out_tokens", "measured_divergences"]
 
 # Six sequences of random tokens: of each unit one number is wanted, not one for every channel.
 _LENGTH = 128
@@ -76,6 +76,12 @@ def measured_divergences(
             if progress is not None:
                 progress(done, len(units))
     return divergences
+
+
+def held_out_tokens(model: Any) -> Tensor:
+    """As many random tokens as :func:`measured_divergences` takes by default, but others: ``[S, L]``."""
+    both = random_tokens_for(model, 2 * _LENGTH)
+    return both[:, both.shape[1] // 2 :]
 
 
 class _replaced:

@@ -80,7 +80,8 @@ def add_parser(commands: Any) -> None:
         "--sensitivity-text",
         type=Path,
         metavar="FILE",
-        help="measure kl on 6 windows of 128 tokens of this UTF-8 text instead of random tokens",
+        help="measure kl on 6 windows of 128 tokens of this UTF-8 text instead of random tokens, and check "
+        "the result on 6 others",
     )
     p.add_argument("--vector-size", type=int, default=1, help="weights that share a code: 1 or 2 (default 1)")
     p.add_argument(
@@ -243,8 +244,8 @@ def _allocated(
     given = {name: value for name, value in choices.items() if name != "dtype"}
     if options.sensitivity_text is not None:
         text = read_text(options.sensitivity_text)
-        windows = text_windows(load_tokenizer(options.src), text, count=6, length=128)
-        given["tokens"] = windows.tokens
+        windows = text_windows(load_tokenizer(options.src), text, count=12, length=128).tokens
+        given["tokens"], given["held_out"] = windows[::2], windows[1::2]
     with ProgressView("reading") as view:
         allocation = allocate_checkpoint(
             options.src,
@@ -256,6 +257,9 @@ def _allocated(
             sensitivity=options.sensitivity,
             progress=view.stage,
         )
+    verdict = allocation.verdict()
+    if verdict is not None:
+        print(verdict)
     print(f"Allocated {allocation.bits_per_weight:.3f} bits a weight: {allocation.summary()}.")
     return allocation.overrides
 

@@ -70,8 +70,8 @@ def train_block(
 
     A step is one batch, in another order in every epoch, the same in every run. Every weight's position among
     the table's entries and every scale moves one step along the sign of its gradient; steps fall linearly to
-    zero. The loss is the squared error of the layer's output, a token's relative to its own energy: layers that
-    give one token a thousand times the energy of the others would else be trained for that one alone.
+    zero. The loss is the squared error of the layer's output, a token's relative to its own energy: layers
+    that give one token a thousand times the energy of the others would else be trained for that one alone.
 
     Beside the layer are held, for each weight: two float32 numbers, its quantized value in float32 and in the
     layer's dtype, one byte of code; and the activations of one batch inside of the layer.
@@ -90,9 +90,7 @@ def train_block(
             name: RoundedLinear(_linear(layer, name), quantized) for name, quantized in linears.items()
         }
         parameters = [p for m in modules.values() for p in (m.positions, m.stretch)]
-        reaches = [
-            r for m in modules.values() for r in (training.reach * m.spacing, training.scale_reach)
-        ]
+        reaches = [r for m in modules.values() for r in (training.reach * m.spacing, training.scale_reach)]
         with replaced(layer, modules):
             before = _mean_error(call, inputs, targets, device)
             steps = training.epochs * len(inputs)
@@ -132,7 +130,10 @@ def _error(output: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _mean_error(
-    call: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], targets: Sequence[Tensor], device: torch.device
+    call: Callable[[Tensor], Tensor],
+    inputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    device: torch.device,
 ) -> float:
     errors = [_error(call(x.to(device)), y.to(device)) for x, y in zip(inputs, targets, strict=True)]
     return float(torch.stack(errors).mean())

@@ -21,12 +21,12 @@ _HALVINGS = 6
 class RoundedLinear(nn.Module):
     """``x`` times a weight whose codes are the table's entries nearest to a trained position.
 
-    A group's weights are ``scale * (1 + stretch) * table[nearest(position)]``. The derivative of the looked-up
-    value by the position is taken as 1 (the straight-through estimator), that of the weight by the scale is the
-    looked-up value. A position starts where the 16-bit weight is among the table's entries, or, where the
-    stored code is not the nearest one (because error feedback chose it), as near to that place as the stored
-    code allows. So training starts from the stored codes, and the weights that are easily rounded the other way
-    are so at once.
+    A group's weights are ``scale * (1 + stretch) * table[nearest(position)]``. The derivative of the
+    looked-up value by the position is taken as 1 (the straight-through estimator), that of the weight by the
+    scale is the looked-up value. A position starts where the 16-bit weight is among the table's entries, or,
+    where the stored code is not the nearest one (because error feedback chose it), as near to that place as
+    the stored code allows. So training starts from the stored codes, and weights that are between two entries
+    are the first to change.
 
     Args:
         linear: the module in 16 bits; its bias is used, its weight gives the positions and is not kept.

@@ -15,8 +15,8 @@ REFITS = ("scales", "table", "codes")
 """What a round of alternating least squares can solve for, in this order."""
 
 LEARNED = ("none", "kl", "nll")
-"""What scales are learned for at last, on the whole model: nothing, its divergence from the 16-bit model, or the
-likelihood of the text."""
+"""What scales are learned for at last, on the whole model: nothing, its divergence from the 16-bit model, or
+the likelihood of the text."""
 
 _TABLES = ("start", "kmeans")
 # A recipe is a dozen lines.
@@ -48,8 +48,8 @@ class Recipe:
             output, after all of the above.
         reach: how far a weight can move in them, in mean distances of neighbouring table entries.
         scale_reach: how far a scale can move in them, relative to itself.
-        learn: what the scales of the whole model are learned for after that, one of :data:`LEARNED`. Codes stay,
-            but where nothing but the start chose them: there each weight keeps to its nearest entry.
+        learn: what the scales of the whole model are learned for after that, one of :data:`LEARNED`. Codes
+            stay, but where nothing but the start chose them: there each weight keeps to its nearest entry.
         learn_epochs: passes over the tokens for it.
         learning_rate: of Adam.
 
