@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 
 _SHIPPED = "shipped"
 _GRID = Path(__file__).with_name("grid.json")
+_NAMES = {"kl": "KL", "quantized_perplexity": "perplexity"}
 _PLACE = re.compile(r"(<!-- quality: ([a-z0-9 ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -129,7 +130,10 @@ def bars(lines: dict[str, Line]) -> str:
     found = [head]
     for bar in json.loads(_GRID.read_text(encoding="utf-8"))["bars"]:
         missing = [key for key in (bar["row"], bar["beside"]) if key not in lines]
-        words = f"| {bar['words']}: KL of `{bar['row']}` at most {bar['most']:g} of `{bar['beside']}` |"
+        of = bar.get("of", "kl")
+        words = (
+            f"| {bar['words']}: {_NAMES[of]} of `{bar['row']}` at most {bar['most']:g} of `{bar['beside']}` |"
+        )
         if missing:
             found.append(f"{words} | not run: {', '.join(missing)} |")
             continue
@@ -139,12 +143,12 @@ def bars(lines: dict[str, Line]) -> str:
         if not seeds:
             found.append(f"{words} | no order in common |")
             continue
-        kl, other = (
-            fmean(run["kl"] for run in line.permuted if run["seed"] in seeds) for line in (ours, theirs)
+        value, other = (
+            fmean(run[of] for run in line.permuted if run["seed"] in seeds) for line in (ours, theirs)
         )
-        kept = "kept" if kl <= bar["most"] * other else "missed"
+        kept = "kept" if value <= bar["most"] * other else "missed"
         bits = f"{ours.mean('bits_per_weight'):.3f} and {theirs.mean('bits_per_weight'):.3f} bits"
-        found.append(f"{words} {kl / other:.2f}, at {bits} (orders: {len(seeds)}) | {kept} |")
+        found.append(f"{words} {value / other:.2f}, at {bits} (orders: {len(seeds)}) | {kept} |")
     return "\n".join(found)
 
 

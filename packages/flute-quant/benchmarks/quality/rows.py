@@ -132,6 +132,7 @@ class Workshop:
         arguments = dict(row.arguments)
         if row.calibrated:
             arguments["calibration"] = self.calibration_tokens
+        allocated: dict[str, Any] = {}
         started = time.monotonic()
         bits = 4 if row.is_allocated else int(row.bits)
         spec = QuantSpec(bits, row.group_size, row.vector_size, row.hadamard)
@@ -142,14 +143,16 @@ class Workshop:
             from flute_quant.allocation import allocate_model
 
             tokens = arguments.pop("calibration", None)
+            text = {} if tokens is None else {"tokens": tokens[:2], "held_out": tokens[2:4]}
             allocation = allocate_model(
                 model,
                 row.bits,
                 spec,
                 method=method,
                 importance=row.importance,
-                tokens=None if tokens is None else tokens[:2],
+                **text,
             )
+            allocated = {"allocation": allocation.summary(), "checked": dict(allocation.checked)}
             arguments["overrides"] = allocation.overrides
         linears, report = quantize_model(model, spec, method=method, importance=row.importance, **arguments)
         if self.device.type == "cuda":
@@ -157,7 +160,9 @@ class Workshop:
         seconds = time.monotonic() - started
         weights = sum(x.out_features * x.in_features for x in linears.values())
         bits_per_weight = 8 * sum(x.nbytes for x in linears.values()) / weights
-        notes = {"method": report.method, "importance": report.importance.source}
+        notes = {"method": report.method, "importance": report.importance.source, **allocated}
+        if row.calibrated and self.calibration_tokens is not None:
+            notes["calibration_tokens"] = list(self.calibration_tokens.shape)
         return Made(_dequantized(linears), bits_per_weight, seconds, notes)
 
     def _peer(self, row: Row, folder: Path) -> Made:

@@ -12,8 +12,8 @@ exchanges of bits look twice as good as they are, and the result is worse than t
 So the whole is measured, too, and the parts under each number of bits are scaled to add up to it.
 
 What is left of the rule's error can still be more than the gain. So the result is measured before it is
-believed: its divergence on tokens that nothing was decided by, beside that of a more careful result and of the
-same spec for all layers. The least of them is kept.
+believed: its divergence on tokens that nothing was decided by, beside that of a more careful result and of
+the same spec for all layers. The least of them is kept.
 """
 
 from __future__ import annotations
@@ -349,12 +349,7 @@ class _Task:
         found: list[float] = []
         for specs in candidates:
             # An override's modules are quantized in every one of them.
-            found += measured_divergences(
-                model,
-                [tuple(specs)],
-                lambda name, specs=specs: self._with_errors(specs[name], name),
-                held_out,
-            )
+            found += measured_divergences(model, [tuple(specs)], partial(self._as_specified, specs), held_out)
             self.progress("results on held-out tokens", len(found), len(candidates))
         return found
 
@@ -479,6 +474,9 @@ class _Task:
             for i, part in zip(free, per_error, strict=True):
                 scales[i][bits] = part * (together / total if total else 1.0)
         return scales
+
+    def _as_specified(self, specs: Mapping[str, QuantSpec], name: str) -> Tensor:
+        return self._with_errors(specs[name], name)
 
     def _with_errors(self, wanted: QuantSpec, name: str) -> Tensor:
         """The weight of a module as it is after quantizing, in the basis of the model."""

@@ -86,9 +86,8 @@ class LearnedLinear(nn.Module):
         before = self._quantized
         scales = self.scales.detach().to(before.scales.dtype)
         codes = self.codes(scales.to(torch.float32))
-        return QuantizedLinear.from_codes(
-            codes.cpu(), scales.cpu(), before.codebook.cpu(), before.spec, before.bias
-        )
+        bias = None if before.bias is None else before.bias.cpu()
+        return QuantizedLinear.from_codes(codes.cpu(), scales.cpu(), before.codebook.cpu(), before.spec, bias)
 
 
 class _Lookup(torch.autograd.Function):

@@ -68,7 +68,7 @@ class Recipe:
     propagate: bool = True
     correction: float = 0.0
     epochs: int = 0
-    reach: float = 0.25
+    reach: float = 0.1
     scale_reach: float = 0.02
     learn: str = "none"
     learn_epochs: int = 1

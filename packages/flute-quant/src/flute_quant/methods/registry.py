@@ -122,7 +122,7 @@ for _method in (
         "codes and scales trained for the output of one layer at a time",
         _SIGNED,
         _PAIRS,
-        Recipe(shrink=0.3, damping=0.1, rounds=2, epochs=4),
+        Recipe(feedback=False, epochs=2),
     ),
     CalibratedMethod(
         "nfl",
