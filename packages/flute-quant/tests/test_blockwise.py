@@ -164,6 +164,20 @@ def test_a_weight_moves_no_further_than_its_reach() -> None:
     assert int((order[codes[0].long()] - order[codes[1].long()]).abs().max()) == 1
 
 
+def test_without_a_reach_only_scales_are_trained() -> None:
+    layer, inputs, targets = perceptron()
+    stored = {
+        name: quantize_tensor(getattr(layer, name).weight, QuantSpec(3, 32))[0] for name in ("up", "down")
+    }
+    training = BlockTraining(epochs=10, reach=0, scale_reach=0.1)
+    trained = train_block(layer, layer, stored, inputs, targets, training, device=CPU)
+    assert trained.after < 0.98 * trained.before
+    assert trained.moved == 0
+    for name, linear in trained.linears.items():
+        assert torch.equal(linear.qweight, stored[name].qweight)
+        assert not torch.equal(linear.scales, stored[name].scales)
+
+
 def test_one_token_of_great_energy_does_not_outweigh_the_others() -> None:
     layer, inputs, targets = perceptron()
     spec = QuantSpec(2, 32)

@@ -629,6 +629,10 @@ def test_a_recipe_in_yaml(tmp_path: Path) -> None:
         ('{"round": 1}', "a key 'round'; there are start, table, feedback"),
         ('{"epochs": -1}', "epochs = -1; expected a whole number from 0 to 1000"),
         ('{"reach": -1}', "reach = -1; expected a number from 0 to 10"),
+        (
+            '{"epochs": 1, "reach": 0, "scale_reach": 0}',
+            "reach = 0; expected more than 0 where scale_reach is 0",
+        ),
         ('{"scale_reach": 1}', "scale_reach = 1; expected a number from 0 to 0.5"),
         ('{"learn": "mse"}', "learn = 'mse'; expected one of 'none', 'kl', 'nll'"),
         ('{"learn_epochs": 0}', "learn_epochs = 0; expected a whole number from 1 to 1000"),

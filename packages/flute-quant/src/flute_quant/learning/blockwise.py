@@ -31,8 +31,8 @@ class BlockTraining:
     Args:
         epochs: passes over the calibration tokens.
         reach: how far a weight can move over the whole training if its gradient never changes sign, in mean
-            distances of neighbouring table entries.
-        scale_reach: the same for a scale, relative to itself.
+            distances of neighbouring table entries; with 0 codes stay.
+        scale_reach: the same for a scale, relative to itself. One of both is more than 0.
     """
 
     epochs: int
@@ -89,8 +89,19 @@ def train_block(
         modules = {
             name: RoundedLinear(_linear(layer, name), quantized) for name, quantized in linears.items()
         }
-        parameters = [p for m in modules.values() for p in (m.positions, m.stretch)]
-        reaches = [r for m in modules.values() for r in (training.reach * m.spacing, training.scale_reach)]
+        for module in modules.values():
+            module.positions.requires_grad_(training.reach > 0)
+            module.stretch.requires_grad_(training.scale_reach > 0)
+        moving = [
+            (parameter, reach)
+            for m in modules.values()
+            for parameter, reach in (
+                (m.positions, training.reach * m.spacing),
+                (m.stretch, training.scale_reach),
+            )
+            if reach > 0
+        ]
+        parameters, reaches = [p for p, _ in moving], [r for _, r in moving]
         with replaced(layer, modules):
             before = _mean_error(call, inputs, targets, device)
             steps = training.epochs * len(inputs)

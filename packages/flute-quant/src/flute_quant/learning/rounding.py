@@ -114,8 +114,13 @@ class _Rounded(torch.autograd.Function):
         return (values * scales[..., None]).view(positions.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         codes, scales = ctx.saved_tensors
         values = ctx.nearest.lookup(codes.to(torch.int32)).view(*scales.shape, -1)
         pull = gradient.to(torch.float32).reshape(values.shape)
-        return (pull * scales[..., None]).view(gradient.shape), (pull * values).sum(2), None
+        of_positions, of_scales, _ = ctx.needs_input_grad
+        return (
+            (pull * scales[..., None]).view(gradient.shape) if of_positions else None,
+            (pull * values).sum(2) if of_scales else None,
+            None,
+        )

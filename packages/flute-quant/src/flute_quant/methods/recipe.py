@@ -46,7 +46,8 @@ class Recipe:
             quantized model, before they are rounded. Needs ``propagate`` and another pass.
         epochs: passes over the tokens in which a layer's codes and scales are trained for the layer's 16-bit
             output, after all of the above.
-        reach: how far a weight can move in them, in mean distances of neighbouring table entries.
+        reach: how far a weight can move in them, in mean distances of neighbouring table entries; with 0
+            codes stay.
         scale_reach: how far a scale can move in them, relative to itself.
         learn: what the scales of the whole model are learned for after that, one of :data:`LEARNED`. Codes
             stay, but where nothing but the start chose them: there each weight keeps to its nearest entry.
@@ -89,6 +90,8 @@ class Recipe:
             self._require(name, good, f"a whole number from {low} to {high}")
         self._require("reach", _is_number(self.reach, 0, 10), "a number from 0 to 10")
         self._require("scale_reach", _is_number(self.scale_reach, 0, 0.5), "a number from 0 to 0.5")
+        moves = self.reach > 0 or self.scale_reach > 0 or not self.epochs
+        self._require("reach", moves, "more than 0 where scale_reach is 0")
         self._require("learn", values["learn"] in LEARNED, "one of " + ", ".join(map(repr, LEARNED)))
         self._require("learning_rate", _is_number(self.learning_rate, 1e-8, 1), "a number from 1e-8 to 1")
         known = isinstance(values["refit"], tuple) and set(self.refit) <= set(REFITS)
