@@ -150,6 +150,15 @@ def test_tables_stay_and_what_no_token_reaches_stays_as_it_is() -> None:
     assert all(type(getattr(layer, name)) is nn.Linear for name in stored)
 
 
+@pytest.mark.parametrize("names", [(), ("never",)])
+def test_a_layer_without_anything_to_train_keeps_its_start(names: tuple[str, ...]) -> None:
+    layer, inputs, targets = perceptron()
+    stored = {name: quantize_tensor(getattr(layer, name).weight, QuantSpec(3, 32))[0] for name in names}
+    trained = train_block(layer, layer, stored, inputs, targets, TRAINING, device=CPU)
+    assert trained.linears == stored
+    assert (trained.before, trained.after, trained.moved) == (0, 0, 0)
+
+
 def test_a_weight_moves_no_further_than_its_reach() -> None:
     layer, inputs, targets = perceptron()
     spec = QuantSpec(3, 32)

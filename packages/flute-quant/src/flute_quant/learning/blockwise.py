@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear
+from flute_kernels.format import unpack_codes
 from flute_quant.learning.replaced import replaced, without_gradients
 from flute_quant.learning.rounding import RoundedLinear
 
@@ -110,6 +111,8 @@ def train_block(
             for _ in range(training.epochs):
                 for i in torch.randperm(len(inputs), generator=generator).tolist():
                     loss = _error(call(inputs[i].to(device)), targets[i].to(device))
+                    if not loss.requires_grad:
+                        break  # no token reaches any of the modules
                     # A module that no token reaches has no gradient.
                     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                     # Sizes fall from 2 / steps to 0, so that all together are 1.
@@ -151,8 +154,6 @@ def _mean_error(
 
 
 def _moved(before: Mapping[str, QuantizedLinear], after: Mapping[str, QuantizedLinear]) -> float:
-    from flute_kernels.format import unpack_codes
-
     changed = total = 0
     for name, linear in after.items():
         old = before[name].qweight.to(linear.qweight.device)
