@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,11 +46,16 @@ def rotate(values: Tensor, block: int, seed: int) -> Tensor:
 
     The map is orthogonal: a dot product of two rotated vectors is that of the vectors themselves.
     """
-    signs = hadamard_signs(values.shape[-1], seed).to(values.device, values.dtype)
-    return fwht(values * signs, block)
+    return fwht(values * _signs(values.shape[-1], seed, values.device, values.dtype), block)
 
 
 def unrotate(values: Tensor, block: int, seed: int) -> Tensor:
     """Inverse of :func:`rotate`."""
-    signs = hadamard_signs(values.shape[-1], seed).to(values.device, values.dtype)
-    return fwht(values, block) * signs
+    return fwht(values, block) * _signs(values.shape[-1], seed, values.device, values.dtype)
+
+
+@lru_cache(maxsize=64)
+def _signs(channels: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Kept, because they are computed one by one: a training step rotates every weight of a layer."""
+    with torch.inference_mode(False):
+        return hadamard_signs(channels, seed).to(device, dtype)
