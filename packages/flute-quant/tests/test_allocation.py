@@ -192,6 +192,12 @@ def test_the_command_measures_on_a_text(
         assert main([*arguments[:2], str(tmp_path / f"out{len(options)}"), *arguments[2:], *options]) == 0
         said.append(capsys.readouterr().out)
     assert all("Allocated 3." in words for words in said)
+    assert all("KL on held-out tokens: " in words for words in said)
+    # The text of calibration serves for both, unless another one is given.
+    calibration = ["--calibration", str(tmp_path / "text"), "--calibration-tokens", "4x32"]
+    assert main([*arguments[:2], str(tmp_path / "calibrated"), *arguments[2:], *calibration]) == 0
+    verdict = [words.splitlines()[0] for words in (*said, capsys.readouterr().out)]
+    assert verdict[2].split(",")[0] != verdict[0].split(",")[0]
     missing = ["--sensitivity-text", str(tmp_path / "nowhere")]
     assert main([*arguments[:2], str(tmp_path / "other"), *arguments[2:], *missing]) == 2
     assert "nowhere: No such file" in capsys.readouterr().err

@@ -80,8 +80,8 @@ def add_parser(commands: Any) -> None:
         "--sensitivity-text",
         type=Path,
         metavar="FILE",
-        help="measure kl on 6 windows of 128 tokens of this UTF-8 text instead of random tokens, and check "
-        "the result on 6 others",
+        help="measure kl on 6 windows of 128 tokens of this UTF-8 text (default: that of --calibration) "
+        "instead of random tokens, and check the result on 6 others",
     )
     p.add_argument("--vector-size", type=int, default=1, help="weights that share a code: 1 or 2 (default 1)")
     p.add_argument(
@@ -242,8 +242,11 @@ def _allocated(
 ) -> tuple[Override, ...]:
     """The overrides that give every layer its bits."""
     given = {name: value for name, value in choices.items() if name != "dtype"}
-    if options.sensitivity_text is not None:
-        text = read_text(options.sensitivity_text)
+    file = options.sensitivity_text
+    if file is None and options.sensitivity == "kl":
+        file = options.calibration
+    if file is not None:
+        text = read_text(file)
         windows = text_windows(load_tokenizer(options.src), text, count=12, length=128).tokens
         given["tokens"], given["held_out"] = windows[::2], windows[1::2]
     with ProgressView("reading") as view:
