@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from flute_kernels import QuantSpec
 from flute_kernels.format import unpack_codes
-from flute_quant import Recipe, quantize_checkpoint, quantize_model, quantize_tensor, recipe_method
+from flute_quant import (
+    Recipe,
+    quantize_checkpoint,
+    quantize_model,
+    quantize_tensor,
+    recipe_method,
+    resolve_method,
+)
 from flute_quant.calibration.run import dequantized
 from flute_quant.checkpoint.workfolder import partial_path
 from flute_quant.learning.blockwise import BlockTraining, train_block
@@ -285,6 +292,22 @@ def test_from_disk_it_is_what_it_is_in_memory(checkpoints: Checkpoints, tmp_path
     for module, linear in linears.items():
         for part, value in linear.to_tensors(f"{module}.").items():
             assert torch.equal(stored[part], value), part
+
+
+def test_pairs_begin_with_what_calibrated_gives_and_their_codes_stay(checkpoints: Checkpoints) -> None:
+    model = load(checkpoints("llama"))
+    spec = QuantSpec(2, 32, 2)
+    planned = resolve_method("blockwise", spec)
+    assert planned.name == "blockwise-pairs"
+    assert resolve_method("blockwise", QuantSpec(2, 32)).name == "blockwise"
+    found, start = (
+        quantize_model(model, spec, method=method, calibration=TOKENS)[0]
+        for method in ("blockwise", "calibrated")
+    )
+    first = [name for name in found if name.startswith("model.layers.0.")]
+    assert all(torch.equal(found[name].qweight, start[name].qweight) for name in first)
+    assert all(torch.equal(found[name].codebook, start[name].codebook) for name in first)
+    assert not all(torch.equal(found[name].scales, start[name].scales) for name in first)
 
 
 class Stop(BaseException):

@@ -125,6 +125,13 @@ for _method in (
         Recipe(feedback=False, epochs=2),
     ),
     CalibratedMethod(
+        "blockwise-pairs",
+        "calibrated, then scales trained for the output of one layer at a time",
+        _SIGNED,
+        _PAIRS,
+        Recipe(shrink=0.3, damping=0.1, rounds=2, epochs=2, reach=0),
+    ),
+    CalibratedMethod(
         "nfl",
         "NormalFloat, scales learned on the whole model, which is in memory",
         _NF,
@@ -136,7 +143,7 @@ for _method in (
 ALIASES = {"default": "signed"}
 """Names that stand for another; checkpoints record the name that they stood for."""
 
-_ALIASES_OF_PAIRS = {"default": "lloyd-pairs"}
+_ALIASES_OF_PAIRS = {"default": "lloyd-pairs", "blockwise": "blockwise-pairs"}
 
 
 def methods() -> dict[str, Method]:
@@ -158,7 +165,8 @@ def resolve_method(method: str | Method, spec: QuantSpec | None = None) -> Metho
     """A method by name or alias; a method itself is given back.
 
     Args:
-        method: ``"default"`` is ``signed``, and ``lloyd-pairs`` where ``spec`` asks for vectors of 2.
+        method: ``"default"`` is ``signed``, and ``lloyd-pairs`` where ``spec`` asks for vectors of 2;
+            ``"blockwise"`` is ``blockwise-pairs`` there.
         spec: of the weights, or of most of them.
 
     Raises:
@@ -184,7 +192,7 @@ def recipe_method(recipe: Recipe, *, name: str = "recipe") -> CalibratedMethod:
         QuantizationError: ``recipe.start`` is no data-free method with a table.
     """
     start = _METHODS.get(ALIASES.get(recipe.start, recipe.start))
-    pairs = _PAIRS if recipe.start in _ALIASES_OF_PAIRS else None
+    pairs = _PAIRS if recipe.start == "default" else None
     if not isinstance(start, TableMethod):
         known = [other for other, method in _METHODS.items() if isinstance(method, TableMethod)]
         raise QuantizationError(
