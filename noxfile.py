@@ -293,7 +293,9 @@ def vllm_gpu(session: nox.Session) -> None:
         words: str = session.run(python, "examples/smollm2.py", silent=True, external=True, env=env)
         env["FLUTE_TEST_MODEL"] = words.splitlines()[-1]
     arguments = [argument for argument in session.posargs if argument not in ("--here", "--installed")]
-    session.run(python, "-m", "pytest", "packages/flute-vllm/tests", *arguments, env=env, external=True)
+    # pytest-benchmark, if there, warns that it is of no use beside pytest-xdist: an error here.
+    pytest = (python, "-m", "pytest", "-p", "no:benchmark", "packages/flute-vllm/tests")
+    session.run(*pytest, *arguments, env=env, external=True)
 
 
 @nox.session(venv_backend="none")
