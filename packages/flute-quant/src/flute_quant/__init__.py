@@ -10,9 +10,9 @@ from flute_quant.checkpoint.compare import Comparison, compare_checkpoints, load
 from flute_quant.checkpoint.harness import evaluate_checkpoint
 from flute_quant.checkpoint.inspect import Inspection, LayerInfo, inspect_checkpoint
 from flute_quant.checkpoint.layout import CheckpointPlan, Coverage
+from flute_quant.checkpoint.output import Progress
 from flute_quant.checkpoint.quantize import (
     CheckpointReport,
-    Progress,
     estimate_seconds,
     plan_checkpoint,
     quantize_checkpoint,

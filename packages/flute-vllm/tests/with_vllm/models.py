@@ -51,6 +51,7 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+ONE_LAYER = (("num_hidden_layers", 1),)
 
 
 @dataclass

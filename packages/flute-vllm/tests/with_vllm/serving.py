@@ -1,6 +1,6 @@
 """vLLM as the tests use it.
 
-``python serving.py FOLDER OPTIONS RESULT`` writes what a model says to a file, for tests that need processes
+``python serving.py FOLDER REQUEST RESULT`` writes what a model says to a file, for tests that need processes
 of their own.
 """
 
@@ -28,9 +28,9 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.models import ModelRegistry
 
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -39,10 +39,8 @@ ENVIRONMENT = {
 }
 PROMPTS = ([5, 9, 33, 21, 7], [60, 2, 3], [11])
 STEPS = 12
-# Tests may share a GPU with each other: neither takes more of it than it needs.
-SHARED_GPU: dict[str, Any] = (
-    {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**27} if torch.cuda.is_available() else {}
-)
+# Tests may share a GPU, and on a CPU vLLM fills a cache with zeros first: none is larger than it needs to be.
+LITTLE_MEMORY: dict[str, Any] = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**27}
 
 
 class Step(NamedTuple):
@@ -50,6 +48,13 @@ class Step(NamedTuple):
 
     token: int
     likely: dict[int, float]
+
+
+def know(folder: Path) -> None:
+    """Import a model's class here, where vLLM would start a process to ask what the class can do."""
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in described["architectures"]:
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
 class Engine:
@@ -67,32 +72,32 @@ class Engine:
             "skip_tokenizer_init": True,
             "max_model_len": 64,
             "enforce_eager": True,
-            **SHARED_GPU,
+            **LITTLE_MEMORY,
         }
         self.used = True
+        know(folder)
         self.llm = LLM(str(folder), **{**settings, **options})
         return self.llm
 
-    def tokens(self, folder: Path, adapter: Path | None = None, **options: Any) -> list[list[int]]:
-        """What a model, with an adapter, says greedily to :data:`PROMPTS`."""
-        return self.say(self.load(folder, **options), adapter)
+    def tokens(self, folder: Path, **options: Any) -> list[list[int]]:
+        """What a model says greedily to :data:`PROMPTS`."""
+        return self.say(self.load(folder, **options))
 
     @staticmethod
-    def say(llm: LLM, adapter: Path | None = None) -> list[list[int]]:
+    def say(llm: LLM) -> list[list[int]]:
         """What a model that is loaded says."""
-        greedy = SamplingParams(max_tokens=STEPS, temperature=0, detokenize=False)
-        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
-        prompts = [{"prompt_token_ids": p} for p in PROMPTS]
-        answers = llm.generate(prompts, greedy, use_tqdm=False, lora_request=lora)
-        return [list(answer.outputs[0].token_ids) for answer in answers]
+        return [[step.token for step in answer] for answer in Engine.steps(llm)]
 
     @staticmethod
-    def steps(llm: LLM, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[Step]]:
+    def steps(
+        llm: LLM, prompts: Sequence[Sequence[int]] = PROMPTS, adapter: Path | None = None
+    ) -> list[list[Step]]:
         """What it says, and how sure it is: for 16-bit models, which round."""
         greedy = SamplingParams(max_tokens=STEPS, temperature=0, detokenize=False, logprobs=10)
-        answers = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], greedy, use_tqdm=False)
+        lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
+        asked = [{"prompt_token_ids": list(p)} for p in prompts]
         said = []
-        for answer in answers:
+        for answer in llm.generate(asked, greedy, use_tqdm=False, lora_request=lora):
             output = answer.outputs[0]
             assert output.logprobs is not None
             likely = [{token: found.logprob for token, found in place.items()} for place in output.logprobs]
@@ -121,19 +126,44 @@ def assert_alike(mine: list[list[Step]], theirs: list[list[Step]], tolerance: fl
                 break
 
 
-def steps_of_another_process(folder: Path, env: dict[str, str], **options: Any) -> list[list[Step]]:
-    """:meth:`Engine.steps` as a server would come to them, with workers in processes of their own."""
+def sleep(llm: LLM, level: int) -> None:
+    """Give the GPU's memory back, and fill it again: from the host's, or (level 2) from the checkpoint."""
+    llm.sleep(level=level)
+    if level == 1:
+        llm.wake_up()
+        return
+    llm.wake_up(tags=["weights"])
+    llm.collective_rpc("reload_weights")
+    llm.wake_up(tags=["kv_cache"])
+
+
+def answers_of_another_process(
+    folder: Path, env: dict[str, str], naps: Sequence[int] = (), **options: Any
+) -> list[list[list[Step]]]:
+    """:meth:`Engine.steps` as a server would come to them, with workers in processes of their own.
+
+    First those of a model that has just been loaded, then those after each nap, which are levels of sleep.
+    """
     with tempfile.TemporaryDirectory() as place:
         result = Path(place) / "result.json"
-        command = [sys.executable, __file__, str(folder), json.dumps(options), str(result)]
+        request = json.dumps({"naps": naps, "options": options})
+        command = [sys.executable, __file__, str(folder), request, str(result)]
         environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **env}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr[-3000:]
-        answers = json.loads(result.read_text(encoding="utf-8"))
+        said = json.loads(result.read_text(encoding="utf-8"))
     return [
-        [Step(token, {int(t): p for t, p in likely.items()}) for token, likely in answer]
-        for answer in answers
+        [
+            [Step(token, {int(t): p for t, p in likely.items()}) for token, likely in answer]
+            for answer in answers
+        ]
+        for answers in said
     ]
+
+
+def steps_of_another_process(folder: Path, env: dict[str, str], **options: Any) -> list[list[Step]]:
+    """Those of a model that has just been loaded."""
+    return answers_of_another_process(folder, env, **options)[0]
 
 
 def tokens_of_another_process(folder: Path, env: dict[str, str], **options: Any) -> list[list[int]]:
@@ -148,7 +178,9 @@ def server(folder: Path, *arguments: str) -> Iterator[openai.OpenAI]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--port", str(port)]
-    command += ["--gpu-memory-utilization", "0.2"] if torch.cuda.is_available() else ["--enforce-eager"]
+    for name, value in LITTLE_MEMORY.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    command += [] if torch.cuda.is_available() else ["--enforce-eager"]
     environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with tempfile.TemporaryFile("w+") as log, tempfile.TemporaryDirectory() as place:
         environment["PYTHONPATH"] = os.pathsep.join([_named_vllm(Path(place)), *filter(None, sys.path)])
@@ -188,6 +220,10 @@ def _is_healthy(process: subprocess.Popen[bytes], url: str) -> bool:
 
 
 if __name__ == "__main__":
-    engine = Engine()
-    said = engine.steps(engine.load(Path(sys.argv[1]), **json.loads(sys.argv[2])))
+    engine, request = Engine(), json.loads(sys.argv[2])
+    model = engine.load(Path(sys.argv[1]), **request["options"])
+    said = [engine.steps(model)]
+    for level in request["naps"]:
+        sleep(model, level)
+        said.append(engine.steps(model))
     Path(sys.argv[3]).write_text(json.dumps(said), encoding="utf-8")

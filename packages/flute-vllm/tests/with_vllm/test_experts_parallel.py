@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -90,6 +91,7 @@ def stored_config(spec: QuantSpec = SPEC, **overrides: QuantSpec) -> FluteConfig
     return FluteConfig(QuantizationConfig(spec, overrides=names))
 
 
+@functools.cache
 def random_experts(
     quantize: Callable[[str, Tensor], QuantizedLinear],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -103,6 +105,7 @@ def random_experts(
     return tensors, dense
 
 
+@functools.cache
 def learned(spec: QuantSpec, **overrides: QuantSpec) -> Callable[[str, Tensor], QuantizedLinear]:
     """Tables of each matrix's own."""
     return lambda name, weight: quantize_tensor(weight, overrides.get(name, spec), method="learned")[0]

@@ -7,32 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from .models import Checkpoint
+from .models import ONE_LAYER, Checkpoint
 from .serving import Engine, server, tokens_of_another_process
 
 
 @pytest.mark.two_processes
-def test_two_processes_share_a_model(checkpoint: Callable[..., Checkpoint]) -> None:
+def test_two_processes_share_a_model(
+    checkpoint: Callable[..., Checkpoint], engine: Engine, two_processes: dict[str, int]
+) -> None:
     model = checkpoint("llama")
-    two = {"tensor_parallel_size": 2}
-    bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    said = tokens_of_another_process(model.quantized, bind, **two)
-    assert said == tokens_of_another_process(model.twin, bind, **two)
-
-
-def test_compiled(checkpoint: Callable[..., Checkpoint], engine: Engine) -> None:
-    model = checkpoint("llama", hadamard=64)
-    said = tokens_of_another_process(model.quantized, {}, enforce_eager=False)
-    assert said == engine.tokens(model.quantized)
+    assert engine.tokens(model.quantized, **two_processes) == engine.tokens(model.twin, **two_processes)
 
 
 def test_compiled_once_and_found_again(
     checkpoint: Callable[..., Checkpoint], engine: Engine, tmp_path: Path
 ) -> None:
     """As vLLM does by default: what has been compiled is on disk, and serves the next process."""
-    model = checkpoint("llama")
+    model = checkpoint("llama", hadamard=64, shape=ONE_LAYER)
     cached = {"VLLM_DISABLE_COMPILE_CACHE": "0", "VLLM_CACHE_ROOT": str(tmp_path)}
-    said = [tokens_of_another_process(model.quantized, cached, enforce_eager=False) for _ in range(2)]
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # with no worker, which takes as long as to compile
+    said = [
+        tokens_of_another_process(model.quantized, {**cached, **alone}, enforce_eager=False) for _ in range(2)
+    ]
     assert any(tmp_path.rglob("*compile*"))
     assert said == [engine.tokens(model.quantized)] * 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,7 @@ def make(
     return layer
 
 
+@functools.cache
 def stored(rows: int, columns: int, spec: QuantSpec, seed: int) -> QuantizedLinear:
     """A matrix with a table of its own."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   float sum[kTiles][kFragments][4] = {};
 
   constexpr int kUnrolled = kDepth > 2 ? kDepth : 2;
+  static_assert(kUnrolled % kDepth == 0 && kUnrolled % 2 == 0);  // codes; two sets of x in turn
   for (int first = warp_k; first < p.units; first += kUnrolled * kWarpsK) {
 #pragma unroll
     for (int l = 0; l < kUnrolled; ++l) {

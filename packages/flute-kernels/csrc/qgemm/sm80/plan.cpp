@@ -78,7 +78,8 @@ Plan make_grouped_plan(const QWeight& w, int64_t m, int64_t experts, const Gpu& 
     plan.blocks_per_table = static_cast<int>(ceil_div(segments.tiles, c.tiles * c.warps_n));
     if (plan.blocks_per_table > kMostBlocks || segments.per_expert > kMostBlocks) continue;
     plan.row_blocks = static_cast<int>(plan.blocks_per_table * segments.per_expert);
-    plan.column_blocks = static_cast<int>(m / c.columns + experts + 1);
+    // As many as any mixture needs, and one: an expert's last block need not be full, but has a row.
+    plan.column_blocks = static_cast<int>(m / c.columns + std::min(experts, m) + 1);
     // Of those that have work, experts share the blocks of columns that their rows fill.
     Plan busy = plan;
     busy.column_blocks =

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flute_quant.checkpoint.quantize import REPORT_NAME
+from flute_quant.checkpoint.output import REPORT_NAME
 from flute_quant.checkpoint.quantized import QuantizedFolder
 from flute_quant.checkpoint.source import read_json
 

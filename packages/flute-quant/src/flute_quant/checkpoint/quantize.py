@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 import time
@@ -24,6 +22,7 @@ from flute_quant.checkpoint.calibrate import (
     estimate_calibration,
     kept_bytes,
 )
+from flute_quant.checkpoint.fingerprint import calibration_print, file_print, folder_print, importance_print
 from flute_quant.checkpoint.gguf import convert_gguf, find_gguf
 from flute_quant.checkpoint.layout import CheckpointPlan, Coverage, Shard, plan_folder
 from flute_quant.checkpoint.measure import (
@@ -32,15 +31,18 @@ from flute_quant.checkpoint.measure import (
     read_measurement,
     write_measurement,
 )
-from flute_quant.checkpoint.safetensors_reader import DTYPES
-from flute_quant.checkpoint.safetensors_writer import SafetensorsWriter, file_size
-from flute_quant.checkpoint.source import INDEX_NAME, CheckpointFolder
-from flute_quant.checkpoint.workfolder import (
-    WorkFolder,
-    check_destination,
-    sync_folder,
-    write_synced,
+from flute_quant.checkpoint.output import (
+    REPORT_NAME,
+    Progress,
+    Teller,
+    write_files,
+    write_index,
+    write_json,
 )
+from flute_quant.checkpoint.safetensors_reader import DTYPES
+from flute_quant.checkpoint.safetensors_writer import SafetensorsWriter
+from flute_quant.checkpoint.source import CheckpointFolder
+from flute_quant.checkpoint.workfolder import WorkFolder, check_destination
 from flute_quant.devices import checked_device
 from flute_quant.errors import QuantizationError
 from flute_quant.importance import (
@@ -49,40 +51,16 @@ from flute_quant.importance import (
     planned_importance,
     resolve_importance,
 )
-from flute_quant.importance.tokens import LENGTH, SEED, SEQUENCES
+from flute_quant.importance.tokens import LENGTH, SEQUENCES
 from flute_quant.methods import Method, data_free_method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear
 from flute_quant.tensor import quantize_tensor
 from flute_quant.version import package_version
 
-__all__ = [
-    "REPORT_NAME",
-    "CheckpointReport",
-    "Progress",
-    "estimate_seconds",
-    "plan_checkpoint",
-    "quantize_checkpoint",
-]
+__all__ = ["CheckpointReport", "estimate_seconds", "plan_checkpoint", "quantize_checkpoint"]
 
-REPORT_NAME = "flute_report.json"
 _DEFAULT_COVERAGE = 0.5
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One more module is finished (or a whole file, taken over from an interrupted run).
-
-    Args:
-        name: the module, or the file.
-        error: its squared error relative to its energy; None for a file taken over.
-        done, total: weights quantized so far and in all.
-    """
-
-    name: str
-    error: float | None
-    done: int
-    total: int
 
 
 @dataclass(frozen=True)
@@ -238,21 +216,24 @@ def quantize_checkpoint(
         "experts": experts,
     }
     kind = "none" if calibration is not None else resolve_importance(importance, chosen)
-    # An ordinary folder is checked as far as its headers go before anything is written.
-    plan = None if gguf else plan_folder(CheckpointFolder.open(src), spec, **options)
-    if plan is not None:
+    plan: CheckpointPlan | None = None
+    if gguf is None:  # checked as far as headers go before anything is written
+        plan = plan_folder(CheckpointFolder.open(src), spec, **options)
         plan.coverage.require(min_coverage)
+        source = folder_print(plan.folder)
+    else:
+        source = [file_print(gguf)]
     fingerprint = {
         "version": f"flute-quant {package_version()}, torch {torch.__version__}",
-        "source": _source_print(gguf) if gguf else _folder_print(plan),
+        "source": source,
         "options": {
             "spec": repr(spec),
             "device": device.type,
             **{name: repr(value) for name, value in options.items()},
             "method": chosen.identity,
         },
-        "importance": _importance_print(kind, importance),
-        "calibration": None if calibration is None else _calibration_print(calibration),
+        "importance": importance_print(kind, importance),
+        "calibration": None if calibration is None else calibration_print(calibration),
     }
     with WorkFolder(dst, fingerprint, say or _silent) as work:
         if plan is None:
@@ -268,7 +249,7 @@ def quantize_checkpoint(
             needed += kept_bytes(plan, work.path)
         with work.disk_errors(needed):
             work.require_space(needed)
-            tell = _Teller(plan.weights, progress)
+            tell = Teller(plan.weights, progress)
             calibrated = Calibrated()
             if calibration is not None:
                 calibrated = calibrate_folder(
@@ -369,25 +350,6 @@ def _importance(
     return measured
 
 
-class _Teller:
-    """Counts weights for whoever follows the progress.
-
-    Args:
-        total: weights in all.
-        progress: who follows it.
-    """
-
-    def __init__(self, total: int, progress: Callable[[Progress], None] | None) -> None:
-        self._total = total
-        self._progress = progress
-        self._done = 0
-
-    def __call__(self, name: str, error: float | None, weights: int) -> None:
-        self._done += weights
-        if self._progress is not None:
-            self._progress(Progress(name, error, self._done, self._total))
-
-
 def _write_shards(
     plan: CheckpointPlan,
     work: WorkFolder,
@@ -395,36 +357,31 @@ def _write_shards(
     scale_dtype: torch.dtype,
     importance: ChannelImportance,
     calibrated: Calibrated,
-    tell: _Teller,
+    tell: Teller,
 ) -> tuple[dict[str, float], int]:
-    errors: dict[str, float] = {}
-    resumed = 0
+    shards = {shard.file: shard for shard in plan.shards}
 
-    for shard in plan.shards:
-        finished = work.report_of(shard.file)
-        path = work.out / shard.file
-        if finished is not None and path.stat().st_size == file_size(shard.slots):
-            errors |= finished
-            resumed += 1
-            counted = [p for p in shard.linears.values() if p.name not in calibrated.errors]
-            tell(shard.file, None, sum(p.weights for p in counted))
-            continue
-        report: dict[str, float] = {}
-        with SafetensorsWriter(path, shard.slots) as writer:
-            for tensor, planned in shard.linears.items():
-                if planned.name in calibrated.errors:
-                    for part, value in calibrated.tensors(planned).items():
-                        writer.write(tensor.removesuffix("weight") + part, value)
-                    report[planned.name] = calibrated.errors[planned.name]
-                    continue
-                error = _write_linear(plan, shard, tensor, planned, writer, device, scale_dtype, importance)
-                report[planned.name] = error
-                tell(planned.name, error, planned.weights)
-            for tensor, dtype in shard.passed.items():
-                _pass_tensor(plan, shard, tensor, dtype, writer)
-            work.note_report(shard.file, report)
-        sync_folder(work.out)
-        errors |= report
+    def write(file: str, writer: SafetensorsWriter) -> dict[str, float]:
+        shard, report = shards[file], {}
+        for tensor, planned in shard.linears.items():
+            if planned.name in calibrated.errors:
+                for part, value in calibrated.tensors(planned).items():
+                    writer.write(tensor.removesuffix("weight") + part, value)
+                report[planned.name] = calibrated.errors[planned.name]
+                continue
+            error = _write_linear(plan, shard, tensor, planned, writer, device, scale_dtype, importance)
+            report[planned.name] = error
+            tell(planned.name, error, planned.weights)
+        for tensor, dtype in shard.passed.items():
+            _pass_tensor(plan, shard, tensor, dtype, writer)
+        return report
+
+    def taken_over(file: str) -> None:
+        counted = [p for p in shards[file].linears.values() if p.name not in calibrated.errors]
+        tell(file, None, sum(p.weights for p in counted))
+
+    files = {shard.file: shard.slots for shard in plan.shards}
+    errors, resumed = write_files(work, files, write, taken_over)
     order = [p.name for p in plan.modules.linears]
     return {name: errors[name] for name in order}, resumed
 
@@ -491,10 +448,7 @@ def _write_side_files(
     for file in plan.folder.side_files():
         shutil.copyfile(file, work.out / file.name)
     if plan.folder.sharded:
-        weight_map = {s.name: shard.file for shard in plan.shards for s in shard.slots}
-        total = sum(s.nbytes for shard in plan.shards for s in shard.slots)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_synced(work.out / INDEX_NAME, _json(index))
+        write_index(work.out, {shard.file: shard.slots for shard in plan.shards})
     coverage = plan.coverage
     report = {
         "flute_quant": package_version(),
@@ -511,25 +465,8 @@ def _write_side_files(
     if notes is not None:
         sequences, length = calibrated.tokens
         report["calibration"] = {"sequences": sequences, "length": length, "notes": notes}
-    write_synced(work.out / REPORT_NAME, _json(report))
-    write_synced(work.out / "config.json", _json(plan.config))
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def _calibration_print(calibration: CalibrationText | Tensor) -> str:
-    """What decides about the calibration beside the model and the method."""
-    import transformers
-
-    if isinstance(calibration, CalibrationText):
-        what = calibration.digest()
-    else:
-        values = calibration.detach().cpu().contiguous()
-        digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest() if values.ndim else ""
-        what = f"{digest}, tokens {list(values.shape)} {values.dtype}"
-    return f"{what}, Transformers {transformers.__version__}"
+    write_json(work.out / REPORT_NAME, report)
+    write_json(work.out / "config.json", plan.config)
 
 
 def _calibration_notes(plan: CheckpointPlan, calibrated: Calibrated) -> dict[str, str]:
@@ -547,36 +484,6 @@ def _checked_devices(device: str | torch.device) -> tuple[torch.device, list[tor
     if chosen == torch.device("cuda"):  # no number: all of them
         return torch.device("cuda:0"), [torch.device(f"cuda:{i}") for i in range(torch.cuda.device_count())]
     return chosen, [chosen]
-
-
-def _source_print(file: Path) -> list[Any]:
-    status = file.stat()
-    return [[file.name, status.st_size, status.st_mtime_ns]]
-
-
-def _folder_print(plan: CheckpointPlan | None) -> list[Any]:
-    assert plan is not None
-    prints: list[Any] = []
-    for name, file in sorted(plan.folder.files.items()):
-        prints.append([*_source_print(file.path)[0][1:], name, file.header_sha256])
-    for side in [plan.folder.path / "config.json", *plan.folder.side_files()]:
-        prints.append([*_source_print(side)[0]])
-    return prints
-
-
-def _importance_print(kind: str, importance: ImportanceOption) -> str:
-    """What decides about the importance: the pass, or the values themselves."""
-    if kind == "random":
-        import transformers
-
-        return f"random, {SEQUENCES} x {LENGTH}, seed {SEED}, Transformers {transformers.__version__}"
-    if isinstance(importance, str):
-        return kind
-    digest = hashlib.sha256()
-    for name, values in sorted(importance.items()):
-        digest.update(name.encode())
-        digest.update(values.detach().cpu().to(torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager

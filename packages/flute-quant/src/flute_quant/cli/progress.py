@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from flute_quant.checkpoint.quantize import Progress
+from flute_quant.checkpoint.output import Progress
 from flute_quant.cli.text import duration
 
 __all__ = ["ProgressView"]

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from flute_kernels import FormatError, QuantizationConfig
 from flute_quant.checkpoint.names import parameter_names
-from flute_quant.checkpoint.quantize import REPORT_NAME, Progress
+from flute_quant.checkpoint.output import (
+    REPORT_NAME,
+    Progress,
+    Teller,
+    write_files,
+    write_index,
+    write_json,
+)
 from flute_quant.checkpoint.safetensors_reader import DTYPES
 from flute_quant.checkpoint.safetensors_writer import SafetensorsWriter, TensorSlot, file_size
-from flute_quant.checkpoint.source import INDEX_NAME
 from flute_quant.checkpoint.structure import build_structure
-from flute_quant.checkpoint.workfolder import WorkFolder, check_destination, sync_folder, write_synced
+from flute_quant.checkpoint.workfolder import WorkFolder, check_destination
 from flute_quant.errors import CheckpointError, QuantizationError
 from flute_quant.importers.base import Importer, PassedTensor, Source, SourceFile, SourceLinear
 from flute_quant.importers.registry import candidate, find_importer
@@ -262,36 +266,22 @@ def _slots(file: SourceFile) -> tuple[TensorSlot, ...]:
 def _write_files(
     plan: _Plan, work: WorkFolder, progress: Callable[[Progress], None] | None
 ) -> tuple[dict[str, float], int]:
-    errors: dict[str, float] = {}
-    total = sum(linear.weights for linear in plan.linears)
-    done = resumed = 0
+    files = {file.name: file for file in plan.files}
+    tell = Teller(sum(linear.weights for linear in plan.linears), progress)
 
-    def tell(name: str, error: float | None, weights: int) -> None:
-        nonlocal done
-        done += weights
-        if progress is not None:
-            progress(Progress(name, error, done, total))
-
-    for file in plan.files:
-        slots = _slots(file)
-        path = work.out / file.name
-        finished = work.report_of(file.name)
-        if finished is not None and path.stat().st_size == file_size(slots):
-            errors |= finished
-            resumed += 1
-            tell(file.name, None, sum(x.weights for x in file.linears))
-            continue
+    def write(name: str, writer: SafetensorsWriter) -> dict[str, float]:
         report: dict[str, float] = {}
-        with SafetensorsWriter(path, slots) as writer:
-            for linear in file.linears:
-                report[plan.modules[linear.name]] = _write_linear(linear, writer)
-                tell(linear.name, report[plan.modules[linear.name]], linear.weights)
-            for passed in file.passed:
-                writer.write_blocks(passed.slot.name, passed.blocks())
-            work.note_report(file.name, report)
-        sync_folder(work.out)
-        errors |= report
-    return errors, resumed
+        for linear in files[name].linears:
+            report[plan.modules[linear.name]] = _write_linear(linear, writer)
+            tell(linear.name, report[plan.modules[linear.name]], linear.weights)
+        for passed in files[name].passed:
+            writer.write_blocks(passed.slot.name, passed.blocks())
+        return report
+
+    def taken_over(name: str) -> None:
+        tell(name, None, sum(x.weights for x in files[name].linears))
+
+    return write_files(work, {name: _slots(file) for name, file in files.items()}, write, taken_over)
 
 
 def _write_linear(linear: SourceLinear, writer: SafetensorsWriter) -> float:
@@ -308,10 +298,7 @@ def _write_linear(linear: SourceLinear, writer: SafetensorsWriter) -> float:
 def _write_side_files(plan: _Plan, work: WorkFolder, errors: dict[str, float]) -> None:
     plan.source.side_files(work.out)
     if plan.source.sharded:
-        weight_map = {s.name: f.name for f in plan.files for s in _slots(f)}
-        total = sum(s.nbytes for f in plan.files for s in _slots(f))
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_synced(work.out / INDEX_NAME, _json(index))
+        write_index(work.out, {file.name: _slots(file) for file in plan.files})
     report = {
         "flute_quant": package_version(),
         "method": plan.config.method,
@@ -324,11 +311,7 @@ def _write_side_files(plan: _Plan, work: WorkFolder, errors: dict[str, float]) -
             for x in plan.linears
         },
     }
-    write_synced(work.out / REPORT_NAME, _json(report))
+    write_json(work.out / REPORT_NAME, report)
     config = copy.deepcopy(plan.source.config)
     config["quantization_config"] = plan.config.to_dict()
-    write_synced(work.out / "config.json", _json(config))
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    write_json(work.out / "config.json", config)
