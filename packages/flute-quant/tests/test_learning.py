@@ -23,11 +23,11 @@ from flute_quant import (
     quantize_tensor,
     recipe_method,
 )
-from flute_quant.calibration.run import dequantized
 from flute_quant.cli import main
 from flute_quant.codebooks import normalfloat_table
 from flute_quant.learning.linear import LearnedLinear, Teaching
 from flute_quant.rotation import rotate
+from flute_quant.stored import dequantized
 
 Checkpoints = Callable[[str], Path]
 TOKENS = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(0))

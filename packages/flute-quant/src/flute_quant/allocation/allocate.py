@@ -39,8 +39,8 @@ from flute_quant.importance import ChannelImportance, ImportanceOption, planned_
 from flute_quant.methods import Method, data_free_method, resolve_method
 from flute_quant.patterns import Override, matches
 from flute_quant.plan import PlannedLinear, QuantizationPlan, plan_modules
-from flute_quant.rotation import unrotate
 from flute_quant.siblings import sibling_groups
+from flute_quant.stored import dequantized
 from flute_quant.tensor import fit_spec, quantize_tensor
 
 __all__ = ["SENSITIVITIES", "Allocation", "allocate_checkpoint", "allocate_model", "default_choices"]
@@ -490,8 +490,7 @@ class _Task:
             scale_dtype=self.scale_dtype,
             importance=self.importance.of(name, weight, spec),
         )
-        found = linear.dequantize()
-        return unrotate(found, spec.hadamard, spec.hadamard_seed) if spec.hadamard else found
+        return dequantized(linear)
 
 
 def _silent(what: str, done: int, total: int) -> None:

@@ -24,10 +24,10 @@ from flute_quant.learning.blockwise import BlockTraining, train_block
 from flute_quant.methods import CalibratedMethod, InputMoments, Method, Recipe, data_free_method
 from flute_quant.methods.parallel import ordinary_tensors
 from flute_quant.plan import PlannedLinear
-from flute_quant.rotation import unrotate
+from flute_quant.stored import dequantized, stored_error
 from flute_quant.tensor import ErrorStats, quantize_tensor
 
-__all__ = ["LayerResult", "calibrate_layers", "dequantized", "stored_error"]
+__all__ = ["LayerResult", "calibrate_layers"]
 
 # Tokens that run through a layer at once: enough to fill a GPU, and activations of a gigabyte at most.
 _BATCH_TOKENS = 8192
@@ -156,21 +156,6 @@ class _Layer:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._call(hidden.to(self._device)).cpu()
-
-
-def dequantized(linear: QuantizedLinear) -> Tensor:
-    """What a module computes with, in the basis of its inputs: float32 ``[N, K]``."""
-    weight = linear.dequantize()
-    spec = linear.spec
-    return unrotate(weight, spec.hadamard, spec.hadamard_seed) if spec.hadamard else weight
-
-
-def stored_error(weight: Tensor, linear: QuantizedLinear) -> ErrorStats:
-    """How far from a weight ``[N, K]`` is what is stored for it."""
-    exact = weight.to(torch.float32)
-    difference = dequantized(linear).to(weight.device) - exact
-    error, energy = (x.square().sum(dtype=torch.float64) for x in (difference, exact))
-    return ErrorStats(weight.numel(), float(error), float(energy))
 
 
 def _is_linear(model: nn.Module, name: str) -> bool:

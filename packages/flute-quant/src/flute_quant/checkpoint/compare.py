@@ -18,7 +18,7 @@ from flute_quant.checkpoint.structure import quiet_transformers
 from flute_quant.devices import checked_device
 from flute_quant.errors import CheckpointError
 from flute_quant.evaluation import Distance, DistanceMeter, load_tokenizer, text_windows
-from flute_quant.rotation import unrotate
+from flute_quant.stored import dequantized
 
 __all__ = ["Comparison", "compare_checkpoints", "load_dequantized"]
 
@@ -63,7 +63,7 @@ def load_dequantized(path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -
             value = quantized.read(name)
             state[name] = value.to(dtype) if value.is_floating_point() else value
     for module in quantized.modules:
-        state[f"{module}.weight"] = _weight(quantized, module).to(dtype)
+        state[f"{module}.weight"] = dequantized(quantized.linear(module)).to(dtype)
     return load_model(quantized.folder, dtype, state)
 
 
@@ -130,7 +130,7 @@ def _layer_errors(source: CheckpointFolder, quantized: QuantizedFolder) -> dict[
         if name not in source.location:
             continue
         weight = source.files[source.location[name]].read(name)
-        found = _weight(quantized, module)
+        found = dequantized(quantized.linear(module))
         if found.shape != weight.shape:
             raise CheckpointError(
                 f"{name} is {list(weight.shape)} in {source.path} and stands for {list(found.shape)} in "
@@ -143,12 +143,3 @@ def _layer_errors(source: CheckpointFolder, quantized: QuantizedFolder) -> dict[
             energy += float(rows.square().sum())
         errors[module] = error / energy if energy else 0.0
     return errors
-
-
-def _weight(quantized: QuantizedFolder, module: str) -> Tensor:
-    """Float32 ``[N, K]`` in the basis of the source."""
-    linear = quantized.linear(module)
-    weight = linear.dequantize()
-    if linear.spec.hadamard:
-        weight = unrotate(weight, linear.spec.hadamard, linear.spec.hadamard_seed)
-    return weight

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear
-from flute_quant.calibration.run import stored_error
 from flute_quant.learning.scales import learn_scales
 from flute_quant.methods import CalibratedMethod, Method
+from flute_quant.stored import stored_error
 from flute_quant.tensor import ErrorStats
 
 __all__ = ["NOT_LEARNED", "finish_scales", "learns"]

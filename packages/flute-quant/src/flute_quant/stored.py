@@ -1,0 +1,27 @@
+"""What a stored matrix computes with, and how far that is from the weight that it was made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flute_kernels import QuantizedLinear
+from flute_quant.rotation import unrotate
+from flute_quant.tensor import ErrorStats
+
+__all__ = ["dequantized", "stored_error"]
+
+
+def dequantized(linear: QuantizedLinear) -> Tensor:
+    """Float32 ``[N, K]`` in the basis of the model, a rotation undone."""
+    weight = linear.dequantize()
+    spec = linear.spec
+    return unrotate(weight, spec.hadamard, spec.hadamard_seed) if spec.hadamard else weight
+
+
+def stored_error(weight: Tensor, linear: QuantizedLinear) -> ErrorStats:
+    """The error of what is stored for a weight ``[N, K]``, on whichever device that is."""
+    exact = weight.to(torch.float32)
+    difference = dequantized(linear).to(weight.device) - exact
+    error, energy = (x.square().sum(dtype=torch.float64) for x in (difference, exact))
+    return ErrorStats(weight.numel(), float(error), float(energy))
