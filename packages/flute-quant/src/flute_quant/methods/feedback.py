@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flute_quant.methods.recorded import recorded
+
 __all__ = ["BLOCK", "Factor", "Table", "damped", "diagonal_blocks", "factorized", "feed_back", "table_for"]
 
 BLOCK = 128
@@ -94,6 +96,8 @@ class Table:
     """
 
     vector_size: int
+    values: Tensor
+    """Float32 ``[E]`` or ``[E, 2]``."""
 
     def nearest(self, values: Tensor, factor: Tensor) -> Tensor:
         """int64 ``[N]``: the entry with the least ``|(values - entry) * factor|``.
@@ -115,7 +119,7 @@ class _ScalarTable(Table):
     vector_size = 1
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values
+        self.values = values
         ascending, self._index = values.sort(stable=True)
         self._borders = (ascending[1:] + ascending[:-1]) / 2
 
@@ -123,7 +127,7 @@ class _ScalarTable(Table):
         return self._index[torch.bucketize(values[0], self._borders)]
 
     def lookup(self, codes: Tensor) -> Tensor:
-        return self._values[codes][None]
+        return self.values[codes][None]
 
 
 class _PairTable(Table):
@@ -132,15 +136,15 @@ class _PairTable(Table):
     vector_size = 2
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values
+        self.values = values
 
     def nearest(self, values: Tensor, factor: Tensor) -> Tensor:
-        entries = self._values @ factor
+        entries = self.values @ factor
         points = values.T @ factor
         return (entries.square().sum(1) - 2 * points @ entries.T).argmin(1)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        return self._values[codes].T
+        return self.values[codes].T
 
 
 def table_for(values: Tensor) -> Table:
@@ -170,27 +174,43 @@ def feed_back(weight: Tensor, scales: Tensor, table: Table, factor: Factor, *, b
     waiting = weight.T[order].contiguous()
     scale = scales.T.contiguous()
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    groups = (order // group).tolist()
+    groups, places = order // group, order[::size] // size
     codes = torch.empty(k // size, n, dtype=torch.int64, device=weight.device)
-    places = (order[::size] // size).tolist()
     # An error e of a step costs |e R^-1|^2, where all that follows is free and R is the factor's block.
     backs = torch.linalg.inv(diagonal_blocks(upper, size))
     for start in range(0, k, block):
         stop = min(start + block, k)
-        errors = torch.empty(stop - start, n, device=weight.device)
-        local = upper[start:stop, start:stop]
-        for i in range(0, stop - start, size):
-            j = start + i
-            values, back = waiting[j : j + size], backs[j // size]
-            code = table.nearest(values * inverse[groups[j]], back)
-            codes[places[j // size]] = code
-            error = back.T @ (values - table.lookup(code) * scale[groups[j]])
-            errors[i : i + size] = error
-            if i + size < stop - start:
-                waiting[j + size : stop].addmm_(local[i : i + size, i + size :].T, error, alpha=-1)
+        first, last = start // size, stop // size
+        mine = groups[start:stop:size]
+        codes[places[first:last]], errors = recorded(
+            _round_columns,
+            waiting[start:stop],
+            upper[start:stop, start:stop],
+            backs[first:last],
+            scale[mine],
+            inverse[mine],
+            table.values,
+        )
         if stop < k:
             waiting[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     return codes.T.contiguous()
+
+
+def _round_columns(
+    waiting: Tensor, upper: Tensor, backs: Tensor, scale: Tensor, inverse: Tensor, entries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of a block of columns ``[B, N]``: codes ``[B / p, N]``, and errors for the columns behind it."""
+    table = table_for(entries)
+    size = table.vector_size
+    codes, errors = [], torch.empty_like(waiting)
+    for step, i in enumerate(range(0, len(waiting), size)):
+        values = waiting[i : i + size]
+        code = table.nearest(values * inverse[step], backs[step])
+        codes.append(code)
+        error = backs[step].T @ (values - table.lookup(code) * scale[step])
+        errors[i : i + size] = error
+        waiting[i + size :].addmm_(upper[i : i + size, i + size :].T, error, alpha=-1)
+    return torch.stack(codes), errors
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:

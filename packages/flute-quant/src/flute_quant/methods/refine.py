@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flute_quant.methods.feedback import BLOCK, Table, diagonal_blocks, table_for
+from flute_quant.methods.feedback import BLOCK, diagonal_blocks, table_for
+from flute_quant.methods.recorded import recorded
 
 __all__ = ["Fitted", "cost", "refit_scales", "refit_table", "sweep_codes"]
 
@@ -157,15 +158,14 @@ def sweep_codes(
     Args:
         order: int64 ``[K]``, the columns in the order of their visit; a pair's are side by side.
     """
-    table: Table = table_for(fitted.table)
+    table = table_for(fitted.table)
     size = table.vector_size
-    n, k = weight.shape
+    k = weight.shape[1]
     group = k // fitted.scales.shape[1]
     matrix = hessian[order][:, order]
     scale = fitted.scales.T.contiguous()
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    groups = (order // group).tolist()
-    places = (order[::size] // size).tolist()
+    groups, places = order // group, order[::size] // size
     codes = fitted.codes.T.contiguous()
     difference = (weight - fitted.weight()).T[order].contiguous()
     pull = matrix @ difference
@@ -173,24 +173,48 @@ def sweep_codes(
     roots, inverses = torch.linalg.cholesky(blocks), torch.linalg.inv(blocks)
     for start in range(0, k, block):
         stop = min(start + block, k)
-        steps = torch.zeros(stop - start, n, device=weight.device)
-        local = matrix[start:stop, start:stop]
-        for i in range(0, stop - start, size):
-            j, place = start + i, places[(start + i) // size]
-            before = table.lookup(codes[place]) * scale[groups[j]]
-            root = roots[j // size]
-            # Where these columns would be without a grid.
-            target = before + inverses[j // size] @ pull[j : j + size]
-            code = table.nearest(target * inverse[groups[j]], root)
-            after = table.lookup(code) * scale[groups[j]]
-            # Ties, and groups of scale zero, stay.
-            change = (root.T @ (target - after)).square().sum(0) < (root.T @ (target - before)).square().sum(
-                0
-            )
-            step = torch.where(change, after - before, 0.0)
-            codes[place] = torch.where(change, code, codes[place])
-            steps[i : i + size] = step
-            pull[start:stop].addmm_(local[:, i : i + size], step, alpha=-1)
+        mine, steps_of = groups[start:stop:size], slice(start // size, stop // size)
+        codes[places[steps_of]], steps = recorded(
+            _sweep_columns,
+            pull[start:stop],
+            matrix[start:stop, start:stop],
+            roots[steps_of],
+            inverses[steps_of],
+            scale[mine],
+            inverse[mine],
+            codes[places[steps_of]],
+            table.values,
+        )
         if stop < k:
             pull[stop:].addmm_(matrix[stop:, start:stop], steps, alpha=-1)
     return Fitted(codes.T.contiguous(), fitted.scales, fitted.table)
+
+
+def _sweep_columns(
+    pull: Tensor,
+    matrix: Tensor,
+    roots: Tensor,
+    inverses: Tensor,
+    scale: Tensor,
+    inverse: Tensor,
+    codes: Tensor,
+    entries: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A block of columns: their codes ``[B / p, N]``, and how far their weights moved, ``[B, N]``."""
+    table = table_for(entries)
+    size = table.vector_size
+    found, steps = [], torch.empty_like(pull)
+    for at, i in enumerate(range(0, len(pull), size)):
+        root = roots[at]
+        before = table.lookup(codes[at]) * scale[at]
+        # Where these columns would be without a grid.
+        target = before + inverses[at] @ pull[i : i + size]
+        code = table.nearest(target * inverse[at], root)
+        after = table.lookup(code) * scale[at]
+        costs = [(root.T @ (target - value)).square().sum(0) for value in (before, after)]
+        change = costs[1] < costs[0]  # ties, and groups of scale zero, stay
+        step = torch.where(change, after - before, 0.0)
+        found.append(torch.where(change, code, codes[at]))
+        steps[i : i + size] = step
+        pull.addmm_(matrix[:, i : i + size], step, alpha=-1)
+    return torch.stack(found), steps
