@@ -16,10 +16,14 @@ from flute_quant.rotation import unrotate
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 
 
-def quantized(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> PreTrainedModel:
+def quantized(
+    folder: Path, dtype: torch.dtype = torch.float32, device_map: str | None = None, **options: object
+) -> PreTrainedModel:
     """A 16-bit folder, quantized while it loads."""
     config = flute_hf.FluteConfig(**options)  # type: ignore[arg-type]
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=dtype, device_map=device_map
+    )
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> PreTrainedModel:
