@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,14 @@ def test_columns_one_after_another(table: Tensor, seed: int) -> None:
         assert cost_on_gpu == pytest.approx(cost_on_cpu, rel=0.02)
 
 
+def assert_same_errors(source: Path, folder: Path, spec: QuantSpec, **options: Any) -> None:
+    on_cpu, on_gpu = (
+        quantize_checkpoint(source, folder / device, spec, device=device, **options).errors
+        for device in ("cpu", "cuda")
+    )
+    assert on_gpu == pytest.approx(on_cpu, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize(
     "spec",
     [QuantSpec(4, 32), QuantSpec(3, 32, hadamard=32, hadamard_seed=3), QuantSpec(2, 32, 2)],
@@ -63,35 +72,13 @@ def test_columns_one_after_another(table: Tensor, seed: int) -> None:
 def test_checkpoints(checkpoints: Checkpoints, tmp_path: Path, method: str, spec: QuantSpec) -> None:
     if method == "nfl" and spec.vector_size == 2:
         pytest.skip("NormalFloat is a table of scalars.")
-    tokens = None if method == "default" else TOKENS
-    errors = [
-        quantize_checkpoint(
-            checkpoints("llama-fp32"),
-            tmp_path / device,
-            spec,
-            method=method,
-            calibration=tokens,
-            device=device,
-        ).errors
-        for device in ("cpu", "cuda")
-    ]
-    assert errors[1] == pytest.approx(errors[0], rel=TOLERANCE)
+    options = {} if method == "default" else {"calibration": TOKENS}
+    assert_same_errors(checkpoints("llama-fp32"), tmp_path, spec, method=method, **options)
 
 
 def test_mixtures_of_experts(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    errors = [
-        quantize_checkpoint(
-            checkpoints("mixtral"),
-            tmp_path / device,
-            QuantSpec(3, 32),
-            method="calibrated",
-            calibration=TOKENS,
-            experts=True,
-            device=device,
-        ).errors
-        for device in ("cpu", "cuda")
-    ]
-    assert errors[1] == pytest.approx(errors[0], rel=TOLERANCE)
+    options = {"method": "calibrated", "calibration": TOKENS, "experts": True}
+    assert_same_errors(checkpoints("mixtral"), tmp_path, QuantSpec(3, 32), **options)
 
 
 def test_a_model_in_memory(checkpoints: Checkpoints) -> None:
