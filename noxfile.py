@@ -22,7 +22,7 @@ nox.options.sessions = ["lint", "typecheck", "tests"]
 
 ROOT = Path(__file__).parent
 PACKAGES = ("flute-kernels", "flute-quant", "flute-hf", "flute-vllm")  # in the order of their dependencies
-PYTHON_FILES = ("noxfile.py", "ci", "packages", "examples", "benchmarks", "tests")
+PYTHON_FILES = ("noxfile.py", "conftest.py", "ci", "packages", "examples", "benchmarks", "tests")
 CONSTRAINTS = ("-c", "ci/constraints.txt")
 WORK = ROOT / ".nox/work"
 WHEELS = ROOT / ".nox/built"  # of the four packages, as they are installed into environments

@@ -13,7 +13,6 @@ from .test_adapters import adapted, train
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU."),
     pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning"),
 ]
 # Of the logits' norm: the dtype rounds in every layer.

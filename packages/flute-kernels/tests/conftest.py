@@ -14,15 +14,6 @@ from flute_kernels import _C
 # torch's deterministic mode, which `poisoned` uses, wants it before the first product on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu"):
-        if not _C.CUDA_ARCHITECTURES:
-            pytest.skip("this build of flute-kernels has no GPU kernels")
-        if not torch.cuda.is_available():
-            pytest.skip("there is no GPU")
-
-
 # A shared machine stalls now and then: only a test that is about time may fail for time.
 settings.register_profile("flute", deadline=None, max_examples=40)
 settings.load_profile("flute")

@@ -28,6 +28,8 @@ from flute_quant.methods import InputMoments
 from flute_quant.rotation import rotate
 from flute_quant.stored import dequantized
 
+from .stored import assert_holds
+
 Checkpoints = Callable[[str], Path]
 SPECS = [
     QuantSpec(3, 32),
@@ -272,7 +274,6 @@ def test_the_model_in_memory_is_as_it_was_and_the_result_the_same_every_time(
 
 @pytest.mark.parametrize("name", ["llama-sharded", "qwen2", "gemma2", "mamba"])
 def test_from_disk_it_is_what_it_is_in_memory(checkpoints: Checkpoints, tmp_path: Path, name: str) -> None:
-    from safetensors.torch import load_file
 
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoints(name), dtype="auto").eval()
     method = steps(epochs=2)
@@ -286,12 +287,7 @@ def test_from_disk_it_is_what_it_is_in_memory(checkpoints: Checkpoints, tmp_path
         min_coverage=0,
     )
     assert report.calibration is not None
-    stored: dict[str, Tensor] = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        stored |= load_file(file)
-    for module, linear in linears.items():
-        for part, value in linear.to_tensors(f"{module}.").items():
-            assert torch.equal(stored[part], value), part
+    assert_holds(tmp_path / "out", linears)
 
 
 def test_pairs_begin_with_what_calibrated_gives_and_their_codes_stay(checkpoints: Checkpoints) -> None:

@@ -40,6 +40,8 @@ from flute_quant.importance.channels import column_importance
 from flute_quant.methods import CalibratedMethod, InputMoments, calibrated
 from flute_quant.rotation import rotate
 
+from .stored import assert_holds
+
 Checkpoints = Callable[[str], Path]
 SPEC = QuantSpec(3, 32)
 TOKENS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
@@ -194,12 +196,7 @@ def test_from_disk_it_is_what_it_is_in_memory(checkpoints: Checkpoints, tmp_path
     )
     assert report.importance == "calibration text"
     assert report.calibration == {}
-    stored: dict[str, Tensor] = {}
-    for file in (tmp_path / "out").glob("*.safetensors"):
-        stored |= load_file(file)
-    for module, linear in linears.items():
-        for part, value in linear.to_tensors(f"{module}.").items():
-            assert torch.equal(stored[part], value), part
+    assert_holds(tmp_path / "out", linears)
 
 
 def test_a_method_without_data_takes_the_text_for_the_importance_of_channels(

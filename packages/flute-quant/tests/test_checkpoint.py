@@ -24,11 +24,9 @@ from flute_quant import (
     quantize_tensor,
 )
 
+from .stored import tensors_of
+
 Checkpoints = Callable[[str], Path]
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
 
 
 @pytest.mark.parametrize("method", ["nf", "lloyd", "nf-keep", "int", "learned"])

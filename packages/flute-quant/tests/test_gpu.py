@@ -19,10 +19,7 @@ from flute_quant.methods.refine import Fitted, cost, sweep_codes
 
 Checkpoints = Callable[[str], Path]
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU."),
-]
+pytestmark = pytest.mark.gpu
 TOKENS = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(0))
 # Of modules' relative squared errors: a weight between two entries may go either way, and those after it
 # make up for that.

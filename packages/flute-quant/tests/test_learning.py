@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear, QuantSpec
@@ -28,6 +27,8 @@ from flute_quant.codebooks import normalfloat_table
 from flute_quant.learning.linear import LearnedLinear, Teaching
 from flute_quant.rotation import rotate
 from flute_quant.stored import dequantized
+
+from .stored import assert_holds
 
 Checkpoints = Callable[[str], Path]
 TOKENS = torch.randint(3, 128, (6, 32), generator=torch.Generator().manual_seed(0))
@@ -233,13 +234,9 @@ def test_a_checkpoint_is_what_it_is_in_memory_and_a_resumed_run_does_not_learn_a
     report = quantize_checkpoint(source, out, QuantSpec(3, 32), learning=learning, **options)
     assert steps == [1, 2, 3, 4, 5, 6]
     assert report.resumed >= 2  # the layers, and the files that were written before the head
-    stored: dict[str, Tensor] = {}
-    for file in out.glob("*.safetensors"):
-        stored |= load_file(file)
     linears, memory = quantize_model(load(source), QuantSpec(3, 32), **options)
-    for name, linear in linears.items():
-        for part, value in linear.to_tensors(f"{name}.").items():
-            assert torch.equal(stored[part], value), part
+    assert_holds(out, linears)
+    for name in linears:
         assert report.errors[name] == pytest.approx(memory.errors[name].relative, rel=1e-4)
 
 

@@ -21,7 +21,7 @@ from flute_quant.importance import (
 )
 from flute_quant.importance.tokens import input_embedding
 from flute_quant.learning.finish import finish_scales, learns
-from flute_quant.methods import CalibratedMethod, Method, data_free_method, resolve_method
+from flute_quant.methods import Method, data_free_method, resolve_method
 from flute_quant.patterns import Override
 from flute_quant.plan import PlannedLinear, QuantizationPlan, plan_modules
 from flute_quant.tensor import ErrorStats, quantize_tensor
@@ -112,7 +112,7 @@ def quantize_model(
             linears |= layer.linears
             errors |= layer.errors
             notes |= layer.notes
-        if isinstance(chosen, CalibratedMethod) and learns(chosen):
+        if learns(chosen):
             learned = finish_scales(model, linears, tokens, chosen, learning)
             linears |= learned[0]
             errors |= learned[1]

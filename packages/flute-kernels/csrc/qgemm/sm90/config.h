@@ -41,10 +41,9 @@ FLUTE_BOTH constexpr int threads(const Config& c) {
 }
 
 // Shared memory of a block: the table, in the free half of whose lines results change places (output.cuh), barriers,
-// whose rows are whose, and a ring of stages. A stage holds what the block multiplies of
-// stage_units units of K: x, which a product wants at a multiple of 1024, then codes and scales. Two
-// units, as a barrier, a step of the ring and a scale then serve 128 weights of a row; one where x takes so much that
-// there would be two stages in all.
+// whose rows are whose, and a ring of stages. A stage holds what the block multiplies of stage_units units of K: x, which
+// a product wants at a multiple of 1024, then codes and scales. Two units, as a barrier, a step of the ring and a scale
+// then serve 128 weights of a row; one where x takes so much that there would be two stages in all.
 FLUTE_BOTH constexpr int stage_units(const Config& c) { return c.columns > 128 ? 1 : 2; }
 FLUTE_BOTH constexpr int stages_of(const Config& c, int units) {
   return (units + stage_units(c) - 1) / stage_units(c);

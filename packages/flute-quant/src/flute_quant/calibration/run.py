@@ -83,11 +83,11 @@ def calibrate_layers(
     propagate = recipe is None or recipe.propagate
     places = [p for p in planned if _is_linear(store.model, p.name)]
     slices = {p.name: place for p in planned if (place := store.slice_of(p.name)) is not None}
+    training = _training(recipe)
     with store.running():
-        batches = _batches(tokens, _BATCH_TOKENS if _training(recipe) is None else _STEP_TOKENS)
+        batches = _batches(tokens, _BATCH_TOKENS if training is None else _STEP_TOKENS)
         calls, hidden = trace_layers(store.model, batches, [p.name for p in places], store.device)
     drifting = propagate and recipe is not None and recipe.correction > 0
-    training = _training(recipe)
     # The 16-bit model's hidden states, where they are wanted beside the quantized one's.
     plain = list(hidden) if propagate and (drifting or training is not None) else None
     where = list(devices) or [store.device]

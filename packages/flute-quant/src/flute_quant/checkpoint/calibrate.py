@@ -145,7 +145,7 @@ def calibrate_folder(
                 calibrated.add(result, file)
         except NoPassError as error:
             raise QuantizationError(f"{plan.folder.path} cannot be calibrated: {error}.") from None
-    if isinstance(plan.method, CalibratedMethod) and learns(plan.method):
+    if learns(plan.method):
         file = folder / f"{_LEARNED}.safetensors"
         found = _read_layer(file, _LEARNED, linears)
         if found is None:

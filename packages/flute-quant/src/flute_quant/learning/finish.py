@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ NOT_LEARNED = "experts are no modules of the model, so that their scales are not
 """Why a matrix keeps the scales that it had, as a clause."""
 
 
-def learns(method: Method) -> bool:
+def learns(method: Method) -> TypeGuard[CalibratedMethod]:
     """Whether a method has this step, for which the whole model is in memory."""
     return isinstance(method, CalibratedMethod) and method.recipe.learn != "none"
 

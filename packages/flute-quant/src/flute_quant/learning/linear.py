@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear
 from flute_kernels.format import unpack_codes
-from flute_quant.methods.nearest import Nearest, nearest_for
+from flute_quant.methods.nearest import Nearest
+from flute_quant.methods.scales import inverse_of
 from flute_quant.rotation import rotate, unrotate
+from flute_quant.stored import nearest_of
 
 __all__ = ["LearnedLinear", "Teaching"]
 
@@ -51,8 +53,7 @@ class LearnedLinear(nn.Module):
         weight = linear.weight
         # Where they are unpacked in every pass.
         self._qweight = None if nearest_codes else quantized.qweight.to(weight.device)
-        table = quantized.codebook[0].to(weight.device, torch.float32)
-        self._nearest = nearest_for(table[:, 0].contiguous() if self.spec.vector_size == 1 else table)
+        self._nearest = nearest_of(quantized, weight.device)
         self.scales = nn.Parameter(quantized.scales.to(weight.device, torch.float32))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ class LearnedLinear(nn.Module):
         if self.spec.hadamard:
             weight = rotate(weight, self.spec.hadamard, self.spec.hadamard_seed)
         groups = weight.view(scales.numel(), -1)
-        inverse = torch.where(scales == 0, 0.0, 1 / scales).view(-1, 1)
+        inverse = inverse_of(scales).view(-1, 1)
         return self._nearest.codes(groups * inverse).view(len(weight), -1)
 
     def looked_up(self, scales: Tensor) -> Tensor:

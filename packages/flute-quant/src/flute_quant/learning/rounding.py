@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear
 from flute_kernels.format import unpack_codes
-from flute_quant.methods.nearest import Nearest, nearest_for
+from flute_quant.methods.nearest import Nearest
+from flute_quant.methods.scales import inverse_of
 from flute_quant.rotation import rotate, unrotate
+from flute_quant.stored import nearest_of
 
 __all__ = ["RoundedLinear"]
 
@@ -45,15 +47,14 @@ class RoundedLinear(nn.Module):
         self.spec = spec
         self._quantized = quantized
         self._bias = linear.bias
-        table = quantized.codebook[0].to(device, torch.float32)
-        self._nearest = nearest_for(table[:, 0].contiguous() if spec.vector_size == 1 else table)
+        self._nearest = nearest_of(quantized, device)
         self._scales = quantized.scales.to(device, torch.float32)
         codes = unpack_codes(quantized.qweight.to(device), spec.bits, spec.vector_size)
         weight = weight.to(torch.float32)
         if spec.hadamard:
             weight = rotate(weight, spec.hadamard, spec.hadamard_seed)
         groups = weight.view(*self._scales.shape, -1)
-        inverse = torch.where(self._scales == 0, 0.0, 1 / self._scales)
+        inverse = inverse_of(self._scales)
         values = self._nearest.lookup(codes.to(torch.int32).view(self._scales.numel(), -1)).view(groups.shape)
         positions = _inside(groups * inverse[..., None], values, self._nearest)
         self.positions = nn.Parameter(positions.view(weight.shape))

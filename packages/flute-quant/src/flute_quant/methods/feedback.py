@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flute_quant.methods.recorded import recorded
+from flute_quant.methods.scales import inverse_of
 
 __all__ = ["BLOCK", "Factor", "Table", "damped", "diagonal_blocks", "factorized", "feed_back", "table_for"]
 
@@ -173,7 +174,7 @@ def feed_back(weight: Tensor, scales: Tensor, table: Table, factor: Factor, *, b
     # Columns as rows: every step works on contiguous memory.
     waiting = weight.T[order].contiguous()
     scale = scales.T.contiguous()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    inverse = inverse_of(scale)
     groups, places = order // group, order[::size] // size
     codes = torch.empty(k // size, n, dtype=torch.int64, device=weight.device)
     # An error e of a step costs |e R^-1|^2, where all that follows is free and R is the factor's block.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flute_quant.methods.feedback import BLOCK, diagonal_blocks, table_for
 from flute_quant.methods.recorded import recorded
+from flute_quant.methods.scales import inverse_of
 
 __all__ = ["Fitted", "cost", "refit_scales", "refit_table", "sweep_codes"]
 
@@ -164,7 +165,7 @@ def sweep_codes(
     group = k // fitted.scales.shape[1]
     matrix = hessian[order][:, order]
     scale = fitted.scales.T.contiguous()
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    inverse = inverse_of(scale)
     groups, places = order // group, order[::size] // size
     codes = fitted.codes.T.contiguous()
     difference = (weight - fitted.weight()).T[order].contiguous()

@@ -198,9 +198,13 @@ class Search:
         return torch.where(under > 0, over / under.clamp_min(1e-30), scales)
 
 
+def inverse_of(scales: Tensor) -> Tensor:
+    """``1 / scales``, and zero for zero: such a group is all zero."""
+    return torch.where(scales == 0, 0.0, 1 / scales)
+
+
 def _encode(u: Tensor, scales: Tensor, nearest: Nearest) -> tuple[Tensor, Tensor]:
     """Codes, and ``u / r - table[code]``. A scale of zero makes every value zero."""
-    inverse = torch.where(scales == 0, 0.0, 1 / scales)
-    values = u * inverse[:, None]
+    values = u * inverse_of(scales)[:, None]
     codes = nearest.codes(values)
     return codes, values.sub_(nearest.lookup(codes))
