@@ -20,9 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py serves all benchmarks
+sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py and served.py serve all benchmarks
 import record
-from sides import SERVED, SIDES, alone, make_folder
+from served import SERVED
+from sides import SIDES, alone, make_folder
 
 PROMPT, ANSWER, PREFILL = 32, 256, 2048
 

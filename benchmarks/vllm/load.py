@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py serves all benchmarks
+sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py and served.py serve all benchmarks
 import record
-from sides import ENVIRONMENT, SERVED, VLLM, make_folder
+from served import SERVED
+from sides import ENVIRONMENT, VLLM, make_folder
 
 PROMPT, ANSWER = 512, 128
 FIGURES = (

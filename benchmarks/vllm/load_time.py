@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py serves all benchmarks
+sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py and served.py serve all benchmarks
 import record
-from sides import SERVED, alone, config
+from served import SERVED, write_checkpoint
+from sides import alone
 
 SIDES = {"16-bit": {}, "FLUTE, 4 bits": {"quantization": "flute"}}
 
@@ -44,7 +44,7 @@ def main() -> None:
     every = SERVED[options.model]["num_hidden_layers"]
     layers = options.layers or every
     begin = time.perf_counter()
-    size = write(options.folder, options.model, layers)
+    size = write_checkpoint(options.folder, options.model, layers)
     print(f"wrote {size / 1e9:.1f} GB in {time.perf_counter() - begin:.0f} s", flush=True)
     figures: dict[str, Any] = {}
     try:
@@ -60,47 +60,6 @@ def main() -> None:
     if options.save:
         rows = [{"side": side, **figure} for side, figure in figures.items()]
         record.save("vllm-load-time", {**result, "sides": rows})
-
-
-def write(folder: Path, model: str, layers: int) -> int:
-    """A checkpoint of random values, a file a layer; returns its bytes."""
-    folder.mkdir(parents=True, exist_ok=False)
-    described = {**config(model, "16-bit"), "num_hidden_layers": layers}
-    (folder / "config.json").write_text(json.dumps(described), encoding="utf-8")
-    hidden, inner = described["hidden_size"], described["intermediate_size"]
-    head = hidden // described["num_attention_heads"]
-    queries, keys = described["num_attention_heads"] * head, described["num_key_value_heads"] * head
-    linears = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    outer = dict.fromkeys(("model.embed_tokens", "lm_head"), (described["vocab_size"], hidden))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    index: dict[str, str] = {}
-    size = 0
-    for number in range(layers + 1):
-        names = {f"model.layers.{number}.{name}": shape for name, shape in linears.items()}
-        norms = [f"model.layers.{number}.{n}_layernorm" for n in ("input", "post_attention")]
-        if number == layers:
-            names, norms = outer, ["model.norm"]
-        made = {
-            f"{name}.weight": (torch.randn(shape, device=device) * 0.02).to("cpu", torch.bfloat16)
-            for name, shape in names.items()
-        }
-        made |= {f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in norms}
-        file = f"model-{number:03}.safetensors"
-        save_file(made, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(made, file)
-        size += sum(tensor.nbytes for tensor in made.values())
-    torch.cuda.empty_cache()  # for those who load it
-    described_index = {"metadata": {"total_size": size}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(described_index), encoding="utf-8")
-    return size
 
 
 def load(folder: Path, options: dict[str, Any]) -> dict[str, float]:

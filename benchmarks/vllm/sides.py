@@ -10,16 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import served
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flute_kernels import QuantizationConfig, QuantSpec
 
-__all__ = ["ENVIRONMENT", "GROUP_SIZE", "SERVED", "SIDES", "VLLM", "alone", "config", "make_folder"]
+__all__ = ["ENVIRONMENT", "GROUP_SIZE", "SIDES", "VLLM", "alone", "config", "make_folder"]
 
-SERVED: dict[str, dict[str, Any]] = json.loads(
-    (Path(__file__).parents[1] / "shapes.json").read_text(encoding="utf-8")
-)["served"]
 GROUP_SIZE = 128
 SIDES = ("16-bit", "int4", "flute-4", "flute-3", "flute-2")
 """16-bit, vLLM's own 4-bit integers (on Hopper through Machete), and FLUTE with tables of 4, 3 and 2 bits.
@@ -33,7 +31,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
 }
-_CONTEXT = 8192
 
 
 def alone(side: str, **environment: str) -> dict[str, Any]:
@@ -51,16 +48,8 @@ def alone(side: str, **environment: str) -> dict[str, Any]:
 
 
 def config(model: str, side: str) -> dict[str, Any]:
-    """``config.json`` of a model of :data:`SERVED`, as a checkpoint of that side would have it."""
-    made = {
-        **SERVED[model],
-        "max_position_embeddings": _CONTEXT,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
-    made.setdefault("tie_word_embeddings", made["model_type"] == "gemma2")
+    """``config.json`` of a model of :data:`served.SERVED`, as a checkpoint of that side would have it."""
+    made = served.config(model)
     if side == "int4":
         weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "dynamic": False}
         weights["group_size"] = GROUP_SIZE

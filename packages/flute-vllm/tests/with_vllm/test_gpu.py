@@ -59,7 +59,12 @@ def test_graphs(
     model = checkpoint(family, **options)
     config = {"cudagraph_mode": mode, "cudagraph_capture_sizes": [1, 2, 4, 8]}
     mine = steps_of_another_process(model.quantized, {}, compilation_config=config, **GRAPHS)
-    theirs = engine.steps(engine.load(model.quantized, dtype="float16"))
+    if mode == "FULL":
+        # vLLM 0.26 itself says something else with prompts inside of graphs than without, the same for
+        # this model and for its 16-bit twin.
+        theirs = steps_of_another_process(model.twin, {}, compilation_config=config, **GRAPHS)
+    else:
+        theirs = engine.steps(engine.load(model.quantized, dtype="float16"))
     assert_alike(mine, theirs, TOLERANCE["float16"])
 
 
