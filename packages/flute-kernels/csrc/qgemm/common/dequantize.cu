@@ -3,6 +3,7 @@
 #include "core/convert.cuh"
 #include "core/cuda.h"
 #include "qgemm/common/cuda_weight.h"
+#include "qgemm/common/exchange.cuh"
 #include "qgemm/common/layout.h"
 
 namespace flute::layout {
@@ -82,7 +83,11 @@ __global__ void __launch_bounds__(kWarps * 32) dequantize_kernel(const Args a) {
   __syncthreads();
 
   for (; unit < end; unit += kWarps) {
-    const Unit<kBits, kScales> now = next;
+    Unit<kBits, kScales> now = next;
+    if constexpr (kBits == 3) {
+#pragma unroll
+      for (int w = 0; w < 3; ++w) now.words[w] = exchange_bytes(now.words[w], lane);
+    }
     if (unit + kWarps < end) next.load(a, unit + kWarps, tile, lane);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -28,8 +28,9 @@
 // A product that reads x as it lies in memory (sm90) wants k = 16s + 2t, + 1, + 8 and + 9 in lane t: pair t of the
 // runs of lanes 2s and 2s + 1. That is why all that has the same i lies together, in a word, or at 2 bits in half of
 // one: lane t reads that part of each of the four runs. And it is why run 4g + t lies at place 4g + (t xor g / 2): so
-// 32 lanes that read a word of such runs each want 32 different banks of shared memory. At 3 bits, where a run does not
-// divide into four, the four lanes read all of each other's runs, which lie in the order of lanes.
+// 32 lanes that read a word of such runs each want 32 different banks of shared memory. At 3 bits a run does not
+// divide into four. So there the exchange is made once and for all: byte i of lane t's words is stored as byte t of
+// lane i's (exchange.cuh), a lane has what that product wants, and the other, sm80, exchanges x.
 #pragma once
 
 #include <cstdint>

@@ -2,6 +2,7 @@
 
 #include "core/cuda.h"
 #include "qgemm/common/cuda_weight.h"
+#include "qgemm/common/exchange.cuh"
 #include "qgemm/common/layout.h"
 
 namespace flute::layout {
@@ -37,6 +38,9 @@ __global__ void pack_kernel(const uint32_t* qweight, uint32_t* codes, Shape s) {
         for (int i = 0; i < 4; ++i) set_pair_number(s.bits, words, h, r, i, eight >> (2 * s.bits * i) & mask);
       }
     }
+    if (s.bits == 3) {  // all lanes of a warp come here: s.total is a multiple of 32
+      for (int w = 0; w < 3; ++w) words[w] = exchange_bytes(words[w], lane);
+    }
     uint32_t* out = codes + id / 32 * (32 * s.bits);
     for (int w = 0; w < s.bits; ++w) out[word_offset(s.bits, lane, w)] = words[w];
   }
@@ -54,7 +58,8 @@ __global__ void unpack_kernel(const uint32_t* codes, uint32_t* qweight, Shape s)
     for (int64_t pair = first; filled < skip + 32; ++pair, filled += 2 * s.bits) {
       if (2 * pair >= s.k) break;
       const int64_t k = 2 * pair, unit = k / kUnit;
-      const int h = k / 32 % 2, t = k / 8 % 4, i = pair % 4, g = row % 8, r = row / 8 % 2, lane = 4 * g + t;
+      const int h = k / 32 % 2, run = k / 8 % 4, place = pair % 4, g = row % 8, r = row / 8 % 2;
+      const int i = s.bits == 3 ? run : place, lane = 4 * g + (s.bits == 3 ? place : run);
       const uint32_t* in = codes + (unit * s.tiles + row / kTile) * (32 * s.bits);
       uint32_t words[4];
       for (int w = 0; w < s.bits; ++w) words[w] = in[word_offset(s.bits, lane, w)];

@@ -9,8 +9,7 @@ namespace flute::sm90 {
 
 // Lane 4g + t takes pair t of each of the four runs of row g (common/layout.h), so that products read x as it lies in
 // memory. Of run i, words[i] has that pair for all halves of rows and of K: four bytes at 4 bits, two at 2 bits. At 3
-// bits, whole runs come, four lanes reading the same, and the three words gathered from them are laid out like a run's,
-// with run i in byte i.
+// bits the lane's own words have them, with run i in byte i.
 template <int kBits, int kGroup, int kSlabs>
 class Codes {
  public:
@@ -22,9 +21,8 @@ class Codes {
         scales_at_(kept(stage.x + stage.codes() + (warp_tile * 8 + lane / 4) * (4 * kScales))) {
     const int codes = stage.x + warp_tile * (128 * kBits), g = lane / 4, t = lane % 4;
     if constexpr (kBits == 3) {
-      at_[0] = kept(codes + 32 * g);
-      at_[1] = kept(codes + 256 + 16 * g);
-      pick_ = kept(0x40 + 0x11 * t);  // byte t of two words
+      at_[0] = kept(codes + 8 * lane);
+      at_[1] = kept(codes + 256 + 4 * lane);
     } else {
 #pragma unroll
       for (int i = 0; i < kAddresses; ++i) {
@@ -41,9 +39,8 @@ class Codes {
     for (int r = 0; r < kSlabs; ++r) {
       const uint32_t unit = data + u * stage.unit_codes + r * (4 * 128 * kBits);
       if constexpr (kBits == 3) {
-        load_shared(runs_[r][0], unit + at_[0]);
-        load_shared(runs_[r][1], unit + at_[0] + 16);
-        load_shared(runs_[r][2], unit + at_[1]);
+        load_shared(words_[r][0], words_[r][1], unit + at_[0]);
+        load_shared(words_[r][2], unit + at_[1]);
       } else {
         if constexpr (kBits == 4) {
           load_matrices(words_[r], unit + at_[0]);
@@ -64,7 +61,7 @@ class Codes {
 
   // Half h of slab r.
   __device__ __forceinline__ void look_up(uint32_t (&a)[2][4], int r, int h) {
-    if (kBits == 3 && h == 0) gather(words_[r], runs_[r]);
+    if (kBits == 3 && h == 0) words_[r][3] = fourth_word(words_[r]);
     if (h == 0) {
       look_up_half<0>(a, words_[r]);
     } else {
@@ -78,27 +75,15 @@ class Codes {
     if constexpr (kBits == 2) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        load_entry(a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1], table_address<h>(words[i], bank_));
+        load_entry(a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1], table_address(words[i], bank_, selector(h)));
     } else {
       flute::look_up<kBits, h>(a, words, bank_);
     }
   }
 
-  // runs: words 0 and 1 of lanes 0 and 1; of lanes 2 and 3; word 2 of the four.
-  __device__ __forceinline__ void gather(uint32_t (&words)[4], const uint32_t (&runs)[3][4]) const {
-    const auto four = [&](uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
-      return __byte_perm(__byte_perm(w0, w1, pick_), __byte_perm(w2, w3, pick_), 0x5410);
-    };
-    words[0] = four(runs[0][0], runs[0][2], runs[1][0], runs[1][2]);
-    words[1] = four(runs[0][1], runs[0][3], runs[1][1], runs[1][3]);
-    words[2] = four(runs[2][0], runs[2][1], runs[2][2], runs[2][3]);
-    words[3] = fourth_word(words);
-  }
-
   static constexpr int kAddresses = kBits == 2 ? 4 : kBits == 3 ? 2 : 1;
-  uint32_t bank_, scales_at_, at_[kAddresses],
-      pick_ = 0;  // scales and codes: from the beginning of a stage
-  uint32_t words_[kSlabs][4], runs_[kSlabs][3][4];
+  uint32_t bank_, scales_at_, at_[kAddresses];  // scales and codes: from the beginning of a stage
+  uint32_t words_[kSlabs][4];
 };
 
 }  // namespace flute::sm90

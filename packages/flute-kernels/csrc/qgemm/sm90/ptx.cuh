@@ -65,6 +65,9 @@ __device__ __forceinline__ void load_shared(uint32_t& v, uint32_t at) {
 __device__ __forceinline__ void load_shared_half(uint32_t& v, uint32_t at) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(at));
 }
+__device__ __forceinline__ void load_shared(uint32_t& v0, uint32_t& v1, uint32_t at) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v0), "=r"(v1) : "r"(at));
+}
 __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t at) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
