@@ -20,7 +20,7 @@
 // warps; blocks share no sums.
 //
 // When. Codes, scales and the table do not depend on the kernel before, so they are loaded before
-// waiting for it; x and the result come after.
+// waiting for it; x and the result come after. Of a mixture of experts, everything does.
 #pragma once
 
 #include "core/convert.cuh"
@@ -120,8 +120,10 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     }
   }
   if (kDepth == 1) advance();
-  entries.store();
-  wait_for_predecessor();
+  if constexpr (!kGrouped) {
+    entries.store();
+    wait_for_predecessor();
+  }
 
   // x, a unit ahead: lanes 4g .. 4g + 3 hold row g. Rows beyond M stay zero.
   const uint16_t* x[kFragments];
@@ -144,6 +146,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     }
   };
   load_unit_of_x(b[0], warp_k < p.units);
+  if constexpr (kGrouped) entries.store();
   __syncthreads();  // the table is whole
 
   uint32_t bank = kBits == 2 ? lane % 16 * 8 : lane * 4;

@@ -36,6 +36,11 @@ FLUTE_BOTH constexpr bool scales_weights(const Config& c) {
 FLUTE_BOTH constexpr bool shares_registers(const Config& c) {
   return c.columns * c.slabs >= 96 || (c.warpgroups == 4 && c.columns >= 48);
 }
+// Of a mixture of experts, whose last columns are few as often as many, wide blocks have a narrow main loop, too, for
+// up to so many columns; 0 without one.
+FLUTE_BOTH constexpr int few_columns(const Config& c) {
+  return c.grouped && c.columns >= 128 ? c.columns / 4 : 0;
+}
 FLUTE_BOTH constexpr int threads(const Config& c) {
   return 128 * c.warpgroups + (shares_registers(c) ? 128 : 32);
 }

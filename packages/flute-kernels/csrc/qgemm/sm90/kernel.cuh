@@ -26,6 +26,8 @@
 // it. Of a mixture of experts (kGrouped), what there is to multiply is known after it alone (experts.cuh).
 #pragma once
 
+#include <type_traits>
+
 #include "core/early.cuh"
 #include "qgemm/common/lookup.cuh"
 #include "qgemm/sm90/codes.cuh"
@@ -149,11 +151,36 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     const int count = kGrouped ? same_of_warp(item.count) : item.count;
     float sum[kSlabs][kFragments][4];
     pieces.begin_with(sum, begins_with_piece, schedule.number() + 1);
-    if constexpr (scales_weights(kConfig)) {
-      multiply_scaled_weights<T, S, kBits, kGroup, kColumns, kSlabs>(sum, ring, codes, kStage, count, leader);
+    constexpr bool kScalesWeights = scales_weights(kConfig);
+    const auto multiply = [&](auto columns, auto& sums) {
+      constexpr int kProduct = decltype(columns)::value;
+      if constexpr (kScalesWeights) {
+        multiply_scaled_weights<T, S, kBits, kGroup, kColumns, kProduct>(sums, ring, codes, kStage, count,
+                                                                         leader);
+      } else {
+        multiply_and_scale_sums<T, S, kBits, kGroup, kColumns, kProduct>(
+            sums, ring, codes, kStage, p.group_shift, item.first, count, leader);
+      }
+    };
+    const auto multiply_all = [&] { multiply(std::integral_constant<int, kColumns>{}, sum); };
+    // Of an expert's last columns there are often few.
+    constexpr int kFew = few_columns(kConfig);
+    if constexpr (kFew == 0) {
+      multiply_all();
+    } else if (same_of_warp(set.end - set.column <= kFew)) {
+      float few[kSlabs][kFew / 8][4];
+      const auto copy = [](auto& to, const auto& from) {
+#pragma unroll
+        for (int i = 0; i < kSlabs * kFew / 2; ++i) {
+          const int slab = i / (kFew / 2), fragment = i / 4 % (kFew / 8);
+          to[slab][fragment][i % 4] = from[slab][fragment][i % 4];
+        }
+      };
+      copy(few, sum);
+      multiply(std::integral_constant<int, kFew>{}, few);
+      copy(sum, few);
     } else {
-      multiply_and_scale_sums<T, S, kBits, kGroup, kColumns>(sum, ring, codes, kStage, p.group_shift,
-                                                             item.first, count, leader);
+      multiply_all();
     }
 
     wait_for_predecessor();

@@ -26,14 +26,14 @@ int columns_for(int64_t m) {
 
 // Microseconds on an H100, less what all plans of a problem take, fitted to times that were measured
 // (docs/kernel-notes.md). Lookups and products share a multiprocessor, so their times add up in part.
-double stage_time(const Config& c) {
-  const double unit = std::hypot(0.138, c.columns * (0.00131 * c.warpgroups * c.slabs + 0.00025)) -
-                      (scales_weights(c) ? 0.023 : 0) + (c.slabs > 1 ? 0.09 : 0) +
-                      (c.warpgroups == 3   ? 0.045
-                       : c.warpgroups == 4 ? 0.112
-                                           : 0);
-  return stage_units(c) * unit;
+double unit_time(const Config& c) {
+  return std::hypot(0.138, c.columns * (0.00131 * c.warpgroups * c.slabs + 0.00025)) -
+         (scales_weights(c) ? 0.023 : 0) + (c.slabs > 1 ? 0.09 : 0) +
+         (c.warpgroups == 3   ? 0.045
+          : c.warpgroups == 4 ? 0.112
+                              : 0);
 }
+double stage_time(const Config& c) { return stage_units(c) * unit_time(c); }
 
 constexpr double kItem = 1.32;  // to begin and to end one
 
@@ -146,7 +146,11 @@ Plan make_grouped_plan(const QWeight& w, int64_t m, int64_t experts, const Gpu& 
     plan.column_blocks = static_cast<int>(std::max(busy, static_cast<double>(m) / c.columns + busy / 2));
     plan.sets = int64_t{plan.groups} * plan.column_blocks;
     if (plan.sets > kMostSets) continue;
-    const double time = std::ceil(static_cast<double>(plan.sets) / plan.blocks) *
+    // A quarter of them has few columns, and takes less where the kernel has a main loop for these.
+    const int few = few_columns(c);
+    const double saved = few == 0 ? 0 : 1 - unit_time({few, c.warpgroups, c.slabs, 1}) / unit_time(c);
+    const double sets = plan.groups * (plan.column_blocks - saved * busy / 4);
+    const double time = std::ceil(sets / plan.blocks) *
                         (stage_time(c) * stages_of(c, static_cast<int>(layout::units(w.k))) + kItem);
     if (best.config < 0 || time < least) best = plan, least = time;
   }
