@@ -339,7 +339,7 @@ def quality(session: nox.Session) -> None:
     record = "benchmarks/results/quality-grid-smollm2-135m.json"
     model = real_model(session)
     # As many windows as the record has: one that was measured otherwise is refused.
-    shape = ("--windows", "4", "--output", record)
+    shape = ("--windows", "16", "--output", record)
     run(session, "python", f"{folder}/run.py", model, *texts, *peers, *shape, *session.posargs)
     run(session, "python", f"{folder}/report.py", record, "docs/quality.md", "docs/quality.png")
 

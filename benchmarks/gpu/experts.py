@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py serves all benchmarks
 import record
 from problem import Problem
-from timing import microseconds
+from timing import Replays, in_turns
 
 SHAPES = json.loads((Path(__file__).parents[1] / "shapes.json").read_text(encoding="utf-8"))["experts"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -91,16 +91,16 @@ def compare(
                     copies_16,
                 ),
             }
-            times = {}
-            for name, (call, of_side) in sides.items():
+            for name, (call, _) in sides.items():
                 error = (call(0).float() - expected).norm() / expected.norm()
                 if not error.item() <= TOLERANCE[dtype]:
                     raise ValueError(f"{name}, {title}, {count} tokens: relative error {error.item():.1e}")
-                times[name] = microseconds(call, of_side)
+            times = in_turns({name: Replays(*side) for name, side in sides.items()})
+            for name, us in times.items():
                 figures.append(
                     mixture._asdict()
                     | {"bits": bits, "group_size": group_size, "dtype": str(dtype).removeprefix("torch.")}
-                    | {"tokens": count, "choice": choice, "side": name, "us": round(times[name], 3)}
+                    | {"tokens": count, "choice": choice, "side": name, "us": round(us, 3)}
                 )
             flute, base = times["FLUTE"], times["torch grouped_mm"]
             print(f"{count:7} {choice:8}{flute:9.1f}{base:9.1f}{base / flute:7.2f}", flush=True)

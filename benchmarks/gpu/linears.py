@@ -1,7 +1,8 @@
 """FLUTE's products on a GPU beside torch.mm and every peer that is installed.
 
 Each side's result is checked against its own dequantized weight in float32 before it is timed; weights are
-used in turn so that none is in the L2 cache; times are medians of CUDA-graph replays::
+used in turn so that none is in the L2 cache; times are medians of CUDA-graph replays, for which sides take
+turns::
 
     nox -s bench -- gpu                       or, where nothing can be installed:
     python benchmarks/gpu/linears.py --rows 1,8,16 --bits 4
@@ -12,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py serves all bench
 import record
 from problem import Problem
 from sides import SIDES, Absent, Side
-from timing import microseconds
+from timing import Replays, in_turns, microseconds
+from torch import Tensor
 
 SHAPES = json.loads((Path(__file__).parents[1] / "shapes.json").read_text(encoding="utf-8"))["gpu"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -61,23 +65,26 @@ def compare(p: Problem, rows: list[int], names: list[str], bandwidth: float) -> 
     """One table: microseconds of each side, and how many times faster than torch.mm."""
     dtype = str(p.dtype).removeprefix("torch.")
     title = f"{p.n} x {p.k}, {p.bits} bits, g = {p.group_size}, {dtype}"
-    times: dict[str, dict[int, float]] = {}
+    sides: dict[str, Side] = {}
     for name in names:
-        try:
-            times[name] = time_side(SIDES[name](p), p, rows)
-        except Absent as why:
-            print(f"({name} is left out of {title}: {why})")
-        except Exception as error:  # a peer that fails must not end the comparison
-            print(f"({name} failed on {title}: {type(error).__name__}: {str(error).splitlines()[0][:150]})")
-        torch.cuda.empty_cache()
-    print(f"\n{title}\n{'M':>6}{'floor':>9}" + "".join(f"{name:>20}" for name in times))
+        with reported(name, title):
+            sides[name] = SIDES[name](p)
+    print(f"\n{title}\n{'M':>6}{'floor':>9}" + "".join(f"{name:>20}" for name in sides))
     figures = []
     for m in rows:
+        x = p.x(m)
+        ready: dict[str, Replays] = {}
+        for name, side in sides.items():
+            if m <= side.most_rows:
+                with reported(name, title):
+                    check(side, x, TOLERANCE[p.dtype])
+                    ready[name] = Replays(lambda i, side=side, x=x: side.call(i, x), side.copies)
+        times = in_turns(ready)
         floor = floor_us(p, m, bandwidth)
-        base = times.get("torch.mm", {}).get(m)
+        base = times.get("torch.mm")
         line = f"{m:6}{floor:9.1f}"
-        for name, of_side in times.items():
-            us = of_side.get(m)
+        for name in sides:
+            us = times.get(name)
             ratio = f" {base / us:5.2f}x" if us and base and name != "torch.mm" else " " * 7
             line += f"{us:13.1f}{ratio}" if us else " " * 20
             if us:
@@ -90,24 +97,25 @@ def compare(p: Problem, rows: list[int], names: list[str], bandwidth: float) -> 
     return figures
 
 
-def time_side(side: Side, p: Problem, rows: list[int]) -> dict[int, float]:
-    """Microseconds by number of rows, of a side whose results were right."""
-    times = {}
-    for m in rows:
-        if m > side.most_rows:
-            continue
-        x = p.x(m)
-        expected = x.float() @ side.weight.t()
-        for copy in {0, side.copies - 1}:
-            error = torch.linalg.vector_norm(
-                side.call(copy, x).float() - expected
-            ) / torch.linalg.vector_norm(expected)
-            if not error.item() <= TOLERANCE[p.dtype]:
-                raise ValueError(
-                    f"M = {m}: relative error {error.item():.1e} is above {TOLERANCE[p.dtype]:.1e}"
-                )
-        times[m] = microseconds(lambda i, x=x: side.call(i, x), side.copies)
-    return times
+@contextmanager
+def reported(name: str, title: str) -> Iterator[None]:
+    """A side that is absent or fails must not end the comparison."""
+    try:
+        yield
+    except Absent as why:
+        print(f"({name} is left out of {title}: {why})")
+    except Exception as error:
+        print(f"({name} failed on {title}: {type(error).__name__}: {str(error).splitlines()[0][:150]})")
+
+
+def check(side: Side, x: Tensor, tolerance: float) -> None:
+    """Raise if a side's results are wrong, with its first or its last weight."""
+    expected = x.float() @ side.weight.t()
+    for copy in {0, side.copies - 1}:
+        difference = torch.linalg.vector_norm(side.call(copy, x).float() - expected)
+        error = (difference / torch.linalg.vector_norm(expected)).item()
+        if not error <= tolerance:
+            raise ValueError(f"M = {len(x)}: relative error {error:.1e} is above {tolerance:.1e}")
 
 
 def floor_us(p: Problem, m: int, bandwidth: float) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
-__all__ = ["microseconds"]
+__all__ = ["Replays", "in_turns", "microseconds"]
 
 _WARM_UP, _WARM_UP_OF_IDLE = 5e3, 60e3
 """Microseconds of replays before the first that counts. A GPU that idled comes back to its clocks slowly."""
@@ -19,39 +19,59 @@ _IDLE = 0.1
 _last = 0.0
 
 
-def microseconds(
-    call: Callable[[int], object], copies: int, *, budget: float = 30e3, replays: int = 15
-) -> float:
-    """The median over replays of a graph that holds ``call(0)``, ``call(1)``, ..., each copy equally often.
+class Replays:
+    """A graph that holds ``call(0)``, ``call(1)``, ..., each copy equally often.
 
     Args:
         call: launches its work with the weight of that number.
         copies: how many weights there are.
-        budget: microseconds that the replays may take together; five are made in any case.
-        replays: at most.
     """
-    once = _roughly(call, copies)
-    calls = max(copies, min(64, int(600 / once)))
-    calls = -(-calls // copies) * copies
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i % copies)
-    global _last
-    spent, warm_up = 0.0, _WARM_UP if time.monotonic() - _last < _IDLE else _WARM_UP_OF_IDLE
-    while spent < warm_up:
-        spent += _elapsed(graph.replay)
-    times: list[float] = []
-    while len(times) < replays and (len(times) < 5 or sum(times) * calls < budget):
-        times.append(_elapsed(graph.replay) / calls)
-    _last = time.monotonic()
-    return statistics.median(times)
+
+    def __init__(self, call: Callable[[int], object], copies: int) -> None:
+        once = _roughly(call, copies)
+        calls = max(copies, min(64, int(600 / once)))
+        self._calls = -(-calls // copies) * copies
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call(0)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for i in range(self._calls):
+                call(i % copies)
+
+    def measure(self, budget: float = 30e3, most: int = 15) -> list[float]:
+        """Microseconds a call of several replays, after some that do not count.
+
+        Args:
+            budget: microseconds that the replays may take together; five are made in any case.
+            most: replays.
+        """
+        global _last
+        spent, warm_up = 0.0, _WARM_UP if time.monotonic() - _last < _IDLE else _WARM_UP_OF_IDLE
+        while spent < warm_up:
+            spent += _elapsed(self._graph.replay)
+        times: list[float] = []
+        while len(times) < most and (len(times) < 5 or sum(times) * self._calls < budget):
+            times.append(_elapsed(self._graph.replay) / self._calls)
+        _last = time.monotonic()
+        return times
+
+
+def microseconds(call: Callable[[int], object], copies: int) -> float:
+    """The median over replays of ``call(0)``, ``call(1)``, ...; arguments as those of :class:`Replays`."""
+    return statistics.median(Replays(call, copies).measure())
+
+
+def in_turns(sides: Mapping[str, Replays], rounds: int = 3) -> dict[str, float]:
+    """Each side's median over rounds in which all have a turn: a GPU that gets warmer is slower for all."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, replays in sides.items():
+            times[name] += replays.measure(budget=30e3 / rounds)
+    return {name: statistics.median(of_side) for name, of_side in times.items()}
 
 
 def _roughly(call: Callable[[int], object], copies: int) -> float:

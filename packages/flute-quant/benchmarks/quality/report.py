@@ -154,26 +154,45 @@ def bars(lines: dict[str, Line]) -> str:
 
 def draw(lines: dict[str, Line], record: dict[str, Any], target: Path) -> None:
     """KL on a logarithmic axis against true bits a weight, one line for each row of the grid."""
-    figure, panel = plt.subplots(figsize=(9, 6))
-    for row in dict.fromkeys(line.first["row"] for line in lines.values()):
-        mine = sorted(
-            (line.mean("bits_per_weight"), line.mean("kl"))
-            for line in lines.values()
-            if line.first["row"] == row
-        )
-        label = next(line.first["label"] for line in lines.values() if line.first["row"] == row)
-        groups = {line.first["group_size"] for line in lines.values() if line.first["row"] == row}
-        strong = {"linewidth": 2.5, "zorder": 3} if row == "default" else {"linewidth": 1.2, "alpha": 0.8}
-        name = f"{label.replace('`', '')}, g{min(groups)}"
-        panel.plot(*zip(*mine, strict=True), marker="o", markersize=4, label=name, **strong)
+    grid = {entry["row"]: entry for entry in json.loads(_GRID.read_text(encoding="utf-8"))["rows"]}
+    by_row: dict[str, list[Line]] = {}
+    for line in lines.values():
+        by_row.setdefault(line.first["row"], []).append(line)
+    figure, panel = plt.subplots(figsize=(10.5, 6))
+    kinds = {"other projects": ("Oranges", "x", "--"), "without data": ("Blues", "o", "-")}
+    kinds["with a text"] = ("Greens", "s", "-")
+    for kind, (colors, marker, style) in kinds.items():
+        rows = [row for row in by_row if _kind(grid[row]) == kind]
+        panel.plot([], [], " ", label=f"{kind}:")
+        for i, row in enumerate(rows):
+            of_row = by_row[row]
+            points = sorted((line.mean("bits_per_weight"), line.mean("kl")) for line in of_row)
+            label = of_row[0].first["label"].replace("`", "")
+            group = min(line.first["group_size"] for line in of_row)
+            panel.plot(
+                *zip(*points, strict=True),
+                style,
+                color=plt.get_cmap(colors)(0.95 - 0.55 * i / max(len(rows) - 1, 1)),
+                marker=marker,
+                markersize=5,
+                linewidth=2.6 if row == "default" else 1.2,
+                zorder=3 if row == "default" else 2,
+                label=label if group == 64 else f"{label}, g{group}",
+            )
     panel.set_yscale("log")
     panel.set_xlabel("true bits a weight, with scales, zero points and tables")
     panel.set_ylabel("KL(16 bits || quantized), nats a token")
-    panel.set_title(f"{record['model']}, mean over permuted channels", fontsize=10)
+    panel.set_title(f"{record['model']}, mean over permuted channels, groups of 64", fontsize=10)
     panel.grid(alpha=0.3, which="both")
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1.01, 1.01), frameon=False)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    if entry.get("peer"):
+        return "other projects"
+    return "with a text" if entry.get("calibrated") else "without data"
 
 
 if __name__ == "__main__":
