@@ -20,7 +20,7 @@
 // warps; blocks share no sums.
 //
 // When. Codes, scales and the table do not depend on the kernel before, so they are loaded before
-// waiting for it; x and the result come after. Of a mixture of experts, everything does.
+// waiting for it; x and the result come after. Of a mixture of experts, all but a table for all of them does.
 #pragma once
 
 #include "core/convert.cuh"
@@ -57,6 +57,14 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_k = warp % kWarpsK, warp_n = warp / kWarpsK;
   int column0 = blockIdx.x * kColumns, end = p.m, segment = blockIdx.z;
+  if (table_is_elsewhere()) __trap();
+  const auto tables = static_cast<const float2*>(p.tables);
+  Table<kBits, T, kThreads> entries;
+  const bool has_table = kGrouped && p.table_count == 1;  // whoever's columns these are
+  if (has_table) {
+    entries.load(tables);
+    entries.store();
+  }
   if constexpr (kGrouped) {
     // Whose columns these are, the kernel before says. There are more blocks than any mixture needs; the last one has
     // none, and sees to the rows of x that are nobody's.
@@ -83,10 +91,8 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   };
   const int tile0 = first_tile(warp_n);
 
-  if (table_is_elsewhere()) __trap();
-  Table<kBits, T, kThreads> entries;
   const int table = kGrouped ? segment / p.segments_per_table : segment;
-  entries.load(static_cast<const float2*>(p.tables) + table * (1 << (2 * kBits)));
+  if (!has_table) entries.load(tables + table * (1 << (2 * kBits)));
 
   // This warp's units are warp_k, warp_k + kWarpsK, ...: a block reads K front to back. All pointers move
   // by the same stride from one to the next, since kWarpsK units are always whole groups.
@@ -146,7 +152,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     }
   };
   load_unit_of_x(b[0], warp_k < p.units);
-  if constexpr (kGrouped) entries.store();
+  if (kGrouped && !has_table) entries.store();
   __syncthreads();  // the table is whole
 
   uint32_t bank = kBits == 2 ? lane % 16 * 8 : lane * 4;
