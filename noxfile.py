@@ -346,9 +346,9 @@ def quality(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Measure: ``nox -s bench -- cpu`` for CPU kernels and whole models, ``-- gpu`` or ``-- gpu-experts``."""
+    """Measure CPU kernels and whole models: ``-- cpu``; or ``-- gpu``, ``gpu-experts``, ``gpu-operators``."""
     what, *rest = session.posargs or ["cpu"]
-    on_gpu = {"gpu": "linears.py", "gpu-experts": "experts.py"}
+    on_gpu = {"gpu": "linears.py", "gpu-experts": "experts.py", "gpu-operators": "operators.py"}
     if what in on_gpu:
         install(session, "matplotlib", settings=("-C", "cmake.define.FLUTE_CUDA_ARCHITECTURES=native"))
         run(session, "python", f"benchmarks/gpu/{on_gpu[what]}", *rest)

@@ -68,7 +68,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """One table: microseconds of each side by tokens and how they choose."""
     p = Problem(mixture.experts * mixture.n, mixture.k, bits, group_size, dtype)
-    weight = p.looked_up().view(mixture.experts, mixture.n, mixture.k)
+    weight = p.looked_up.view(mixture.experts, mixture.n, mixture.k)
     full = weight.to(dtype)
     copies_16 = copies(full.numel() * 2, tokens[0] * mixture.chosen, mixture)
     copies_flute = copies(p.bytes, tokens[0] * mixture.chosen, mixture)

@@ -30,6 +30,7 @@ from torch import Tensor
 SHAPES = json.loads((Path(__file__).parents[1] / "shapes.json").read_text(encoding="utf-8"))["gpu"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 1.5e-2}  # of peers; FLUTE's own are the tests'
+_CHECKED_ROWS = 512
 
 
 def main() -> None:
@@ -109,10 +110,11 @@ def reported(name: str, title: str) -> Iterator[None]:
 
 
 def check(side: Side, x: Tensor, tolerance: float) -> None:
-    """Raise if a side's results are wrong, with its first or its last weight."""
-    expected = x.float() @ side.weight.t()
+    """Raise if a side's results are wrong, with its first or its last weight, in some of many rows."""
+    some = torch.randperm(len(x), device=x.device)[:_CHECKED_ROWS]
+    expected = x[some].float() @ side.weight.t()
     for copy in {0, side.copies - 1}:
-        difference = torch.linalg.vector_norm(side.call(copy, x).float() - expected)
+        difference = torch.linalg.vector_norm(side.call(copy, x)[some].float() - expected)
         error = (difference / torch.linalg.vector_norm(expected)).item()
         if not error <= tolerance:
             raise ValueError(f"M = {len(x)}: relative error {error:.1e} is above {tolerance:.1e}")

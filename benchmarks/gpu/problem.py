@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,10 +65,12 @@ class Problem:
             .float()
         )
 
+    @cached_property
     def uniform(self) -> Tensor:
         """What uniform integers of the same codes stand for: float32 ``(code - 2**(bits-1)) * scale``."""
         return self.scaled(self.codes.float() - (1 << (self.bits - 1)))
 
+    @cached_property
     def looked_up(self) -> Tensor:
         """What :meth:`table` stands for: float32 ``table[code] * scale``."""
         return self.scaled(self.table()[self.codes.int()])
@@ -78,7 +81,7 @@ class Problem:
         return (groups * self.scales.float()[..., None]).view(self.n, self.k)
 
     def flute(self) -> LutWeight:
-        """FLUTE's weight of :meth:`looked_up`."""
+        """FLUTE's weight of :attr:`looked_up`."""
         spec = QuantSpec(bits=self.bits, group_size=self.group_size)
         codebook = self.table().half().view(1, -1, 1)
         return LutWeight.from_linear(

@@ -48,8 +48,8 @@ class Side:
 
 def torch_mm(p: Problem) -> Side:
     """16-bit weights."""
-    weights = _clones(p.uniform().to(p.dtype), p.copies(p.n * p.k * 2))
-    return Side(lambda i, x: torch.mm(x, weights[i].t()), len(weights), p.uniform())
+    weights = _clones(p.uniform.to(p.dtype), p.copies(p.n * p.k * 2))
+    return Side(lambda i, x: torch.mm(x, weights[i].t()), len(weights), p.uniform)
 
 
 def flute(p: Problem) -> Side:
@@ -59,7 +59,7 @@ def flute(p: Problem) -> Side:
     def call(i: int, x: Tensor) -> Tensor:
         return weights[i].linear(x)
 
-    return Side(call, len(weights), p.looked_up())
+    return Side(call, len(weights), p.looked_up)
 
 
 def flute_one_by_one(p: Problem) -> Side:
@@ -97,7 +97,7 @@ def marlin(p: Problem) -> Side:
         out: Tensor = ops.marlin_gemm(*head, locks, uint4b8, *tail)
         return out
 
-    return Side(call, len(weights), p.uniform(), _ROWS_OF_AMPERE)
+    return Side(call, len(weights), p.uniform, _ROWS_OF_AMPERE)
 
 
 def machete(p: Problem) -> Side:
@@ -112,7 +112,7 @@ def machete(p: Problem) -> Side:
         out: Tensor = ops.machete_mm(x, codes, uint4b8, None, s, None, p.group_size, None, None, None)
         return out
 
-    return Side(call, len(weights), p.uniform())
+    return Side(call, len(weights), p.uniform)
 
 
 def humming(p: Problem) -> Side:
@@ -122,7 +122,7 @@ def humming(p: Problem) -> Side:
     shape = {"shape_n": p.n, "shape_k": p.k, "torch_dtype": p.dtype}
     codes_are = {"dtype": f"uint{p.bits}", "group_size": p.group_size}
     layer = layers.HummingLayer(weight_config=codes_are, **shape).to("cuda")
-    layer.load_from_unquantized(p.uniform().to(p.dtype))
+    layer.load_from_unquantized(p.uniform.to(p.dtype))
     parts = {name: getattr(layer, name).data.clone() for name in ("weight", "weight_scale")}
     dense = layer.weight_schema.dequant_tensors(parts).float()
     layer.transform()
@@ -169,9 +169,7 @@ def tinygemm(p: Problem) -> Side:
     scales = torch.stack([p.scales.t(), torch.zeros_like(p.scales.t())], -1).contiguous()
     weights = list(zip(_clones(tiles, p.copies()), _clones(scales, p.copies()), strict=True))
     op = torch.ops.aten._weight_int4pack_mm
-    return Side(
-        lambda i, x: op(x, weights[i][0], p.group_size, weights[i][1]), len(weights), p.uniform(), 1024
-    )
+    return Side(lambda i, x: op(x, weights[i][0], p.group_size, weights[i][1]), len(weights), p.uniform, 1024)
 
 
 SIDES: dict[str, Callable[[Problem], Side]] = {
