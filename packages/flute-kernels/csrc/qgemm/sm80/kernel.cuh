@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   if (kGrouped && !has_table) entries.store();
   __syncthreads();  // the table is whole
 
-  uint32_t bank = kBits == 2 ? lane % 16 * 8 : lane * 4;
+  const uint32_t bank = kBits == 2 ? lane % 16 * 8 : lane * 4;
   float sum[kTiles][kFragments][4] = {};
 
   // At 3 bits, what a lane has of x is what others multiply, and the byte of a word that goes with its i-th piece of x is
@@ -188,7 +188,9 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
 #pragma unroll
         for (int j = 0; j < kFragments; ++j) exchange(now[j][0], lane), exchange(now[j][1], lane);
       } else if constexpr (kDepth == 2) {
-        bank ^= __shfl_xor_sync(0xffffffff, bank, 1) & nothing;
+        // Where lanes exchange something, ptxas ends a block of instructions. Else it would put these loads last, as
+        // nothing in the loop's body wants them. What is exchanged is nothing, for the unit after the next.
+        x[0] += __shfl_xor_sync(0xffffffff, lane, 1) & nothing;
       }
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {
