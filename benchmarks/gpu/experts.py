@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +22,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py serves all benchmarks
 import record
-from problem import Problem
+from checks import DTYPES, check
+from problem import Problem, copies_of
 from timing import Replays, in_turns
 
 SHAPES = json.loads((Path(__file__).parents[1] / "shapes.json").read_text(encoding="utf-8"))["experts"]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 1.5e-2}
-COLD_BYTES = 220e6
 
 
 class Mixture(NamedTuple):
@@ -92,9 +89,7 @@ def compare(
                 ),
             }
             for name, (call, _) in sides.items():
-                error = (call(0).float() - expected).norm() / expected.norm()
-                if not error.item() <= TOLERANCE[dtype]:
-                    raise ValueError(f"{name}, {title}, {count} tokens: relative error {error.item():.1e}")
+                check(call(0), expected, dtype, f"{name}, {title}, {count} tokens")
             times = in_turns({name: Replays(*side) for name, side in sides.items()})
             for name, us in times.items():
                 figures.append(
@@ -109,8 +104,7 @@ def compare(
 
 def copies(size: float, rows: int, mixture: Mixture) -> int:
     """How many weights are used in turn: one call reads those of some experts alone."""
-    read = size * min(rows, mixture.experts) / mixture.experts
-    return max(1, min(8, math.ceil(COLD_BYTES / read)))
+    return copies_of(size * min(rows, mixture.experts) / mixture.experts, most=8)
 
 
 def choose(mixture: Mixture, tokens: int, choice: str) -> Tensor:

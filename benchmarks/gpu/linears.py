@@ -22,14 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py serves all benchmarks
 import record
+from checks import DTYPES, check
 from problem import Problem
 from sides import SIDES, Absent, Side
-from timing import Replays, in_turns, microseconds
+from timing import Replays, copy_bandwidth, in_turns
 from torch import Tensor
 
 SHAPES = json.loads((Path(__file__).parents[1] / "shapes.json").read_text(encoding="utf-8"))["gpu"]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 1.5e-2}  # of peers; FLUTE's own are the tests'
 _CHECKED_ROWS = 512
 
 
@@ -78,7 +77,7 @@ def compare(p: Problem, rows: list[int], names: list[str], bandwidth: float) -> 
         for name, side in sides.items():
             if m <= side.most_rows:
                 with reported(name, title):
-                    check(side, x, TOLERANCE[p.dtype])
+                    check_side(side, x)
                     ready[name] = Replays(lambda i, side=side, x=x: side.call(i, x), side.copies)
         times = in_turns(ready)
         floor = floor_us(p, m, bandwidth)
@@ -109,27 +108,17 @@ def reported(name: str, title: str) -> Iterator[None]:
         print(f"({name} failed on {title}: {type(error).__name__}: {str(error).splitlines()[0][:150]})")
 
 
-def check(side: Side, x: Tensor, tolerance: float) -> None:
+def check_side(side: Side, x: Tensor) -> None:
     """Raise if a side's results are wrong, with its first or its last weight, in some of many rows."""
     some = torch.randperm(len(x), device=x.device)[:_CHECKED_ROWS]
     expected = x[some].float() @ side.weight.t()
     for copy in {0, side.copies - 1}:
-        difference = torch.linalg.vector_norm(side.call(copy, x)[some].float() - expected)
-        error = (difference / torch.linalg.vector_norm(expected)).item()
-        if not error <= tolerance:
-            raise ValueError(f"M = {len(x)}: relative error {error:.1e} is above {tolerance:.1e}")
+        check(side.call(copy, x)[some], expected, x.dtype, f"M = {len(x)}")
 
 
 def floor_us(p: Problem, m: int, bandwidth: float) -> float:
     """Microseconds that moving each byte once takes; products are not counted."""
     return (p.bytes + 2 * m * (p.n + p.k)) / bandwidth / 1e6
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written by an elementwise kernel, in TB/s."""
-    source = torch.randn(1 << 28, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() * 4 / microseconds(lambda _: torch.mul(source, 1.5, out=target), 1) / 1e6
 
 
 if __name__ == "__main__":

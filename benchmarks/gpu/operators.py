@@ -20,15 +20,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # record.py and served.py serve all benchmarks
 import record
-from linears import TOLERANCE, copy_bandwidth
+from checks import DTYPES, check
+from problem import copies_of
 from served import config, layer_linears
-from timing import Replays, in_turns, microseconds
+from timing import Replays, copy_bandwidth, in_turns, microseconds
 from torch import Tensor
 
 from flute_kernels import LutWeight, QuantizedLinear, QuantSpec, hadamard
 
-COLD_BYTES = 220e6
-DTYPES = (torch.float16, torch.bfloat16)
 # Rows that three tables divide, at borders of 16.
 SHAPES = ((28704, 4096), (8208, 28672), (4128, 4096))
 ROWS = (1, 8, 16)
@@ -79,7 +78,7 @@ def options_of_the_format() -> list[dict[str, Any]]:
         for bits in (4, 3, 2):
             linears = {name: made(n, k, bits, **option) for name, option in OPTIONS.items()}
             dense = {name: LutWeight.from_linear(linear).dequantize() for name, linear in linears.items()}
-            copies = max(1, min(64, round(COLD_BYTES / (n * k * bits / 8))))
+            copies = copies_of(n * k * bits / 8)
             weights = {
                 name: [LutWeight.from_linear(linear) for _ in range(copies)]
                 for name, linear in linears.items()
@@ -88,7 +87,7 @@ def options_of_the_format() -> list[dict[str, Any]]:
                 x = torch.randn(m, k, device="cuda").half()
                 ready = {}
                 for name, mine in weights.items():
-                    checked(mine[-1].linear(x), x.float() @ dense[name].t(), name)
+                    check(mine[-1].linear(x), x.float() @ dense[name].t(), x.dtype, name)
                     ready[name] = Replays(lambda i, mine=mine, x=x: mine[i].linear(x), copies)
                 times = in_turns(ready)
                 base = times["g = 128"]
@@ -105,12 +104,12 @@ def dequantizing(bandwidth: float) -> list[dict[str, Any]]:
     """Of 28672 x 8192 into 16 bits: bytes read and written, as a part of an elementwise kernel's."""
     print("\ndequantizing 28672 x 8192: microseconds, part of the elementwise kernel's bandwidth")
     rows = []
-    for dtype in DTYPES:
+    for dtype in DTYPES.values():
         for bits in (4, 3, 2):
             linear = made(28672, 8192, bits)
             weight = LutWeight.from_linear(linear)
             exact = weight.dequantize(torch.float32)
-            checked(weight.dequantize(dtype), exact, f"{bits} bits", TOLERANCE[dtype])
+            check(weight.dequantize(dtype), exact, dtype, f"{bits} bits")
             us = microseconds(lambda _, w=weight, d=dtype: w.dequantize(d), 1)
             part = (linear.nbytes + exact.numel() * 2) / us / 1e6 / bandwidth
             print(f"{bits} bits, {dtype}: {us:.1f}, {part:.2f}", flush=True)
@@ -123,15 +122,14 @@ def rotation(bandwidth: float) -> list[dict[str, Any]]:
     print("\nrotating 16384 x 8192: part of the elementwise kernel's bandwidth, by block size")
     rows = []
     signs = torch.randint(0, 2, (8192,), device="cuda").float() * 2 - 1
-    for dtype in (*DTYPES, torch.float32):
+    for dtype in (*DTYPES.values(), torch.float32):
         x = torch.randn(16384, 8192, device="cuda").to(dtype)
-        parts = {}
         for transpose in (False, True):
+            parts = {}
             for block in BLOCKS:
                 few = x[:16]
                 expected = _rotated(few.float(), signs, block, transpose)
-                tolerance = TOLERANCE.get(dtype, 1e-5)
-                checked(hadamard(few, signs, block, transpose), expected, f"blocks of {block}", tolerance)
+                check(hadamard(few, signs, block, transpose), expected, dtype, f"blocks of {block}")
                 call: Callable[[int], Tensor] = lambda _, b=block, t=transpose, x=x: hadamard(x, signs, b, t)  # noqa: E731
                 us = microseconds(call, 1)
                 parts[block] = 2 * x.numel() * x.element_size() / us / 1e6 / bandwidth
@@ -205,13 +203,6 @@ def _host_microseconds(call: Callable[[], Tensor], calls: int = 300) -> float:
     spent = time.perf_counter() - begin
     torch.cuda.synchronize()
     return 1e6 * spent / calls
-
-
-def checked(found: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE[torch.float16]) -> None:
-    """Raise where a result is not what it should be."""
-    error = float((found.float() - expected).norm() / expected.norm())
-    if not error <= tolerance:
-        raise ValueError(f"{what}: relative error {error:.1e} is above {tolerance:.1e}")
 
 
 def _name(dtype: torch.dtype) -> str:

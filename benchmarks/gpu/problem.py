@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flute_kernels import LutWeight, QuantizedLinear, QuantSpec
 
-__all__ = ["NF4", "Problem"]
+__all__ = ["NF4", "Problem", "copies_of"]
 
 NF4 = (
     *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
@@ -19,6 +19,11 @@ NF4 = (
 )
 _COLD_BYTES = 220e6
 """Weights are used in turn until this many bytes have gone by, so that none is still in the L2 cache."""
+
+
+def copies_of(size: float, most: int = 64) -> int:
+    """How many weights, of which a call reads ``size`` bytes, are used in turn."""
+    return max(1, min(most, math.ceil(_COLD_BYTES / size)))
 
 
 @dataclass
@@ -54,7 +59,7 @@ class Problem:
 
     def copies(self, size: float | None = None) -> int:
         """How many weights of ``size`` bytes are used in turn."""
-        return max(1, min(64, math.ceil(_COLD_BYTES / (size or self.bytes))))
+        return copies_of(size or self.bytes)
 
     def table(self) -> Tensor:
         """A table in float32: NF4, or every so many of its entries."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-__all__ = ["Replays", "in_turns", "microseconds"]
+__all__ = ["Replays", "copy_bandwidth", "in_turns", "microseconds"]
 
 _WARM_UP, _WARM_UP_OF_IDLE = 5e3, 60e3
 """Microseconds of replays before the first that counts. A GPU that idled comes back to its clocks slowly."""
@@ -72,6 +72,13 @@ def in_turns(sides: Mapping[str, Replays], rounds: int = 3) -> dict[str, float]:
         for name, replays in sides.items():
             times[name] += replays.measure(budget=30e3 / rounds)
     return {name: statistics.median(of_side) for name, of_side in times.items()}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written by an elementwise kernel, in TB/s."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / microseconds(lambda _: torch.mul(source, 1.5, out=target), 1) / 1e6
 
 
 def _roughly(call: Callable[[int], object], copies: int) -> float:

@@ -21,9 +21,9 @@ from flute_quant import (
     recipe_method,
     resolve_method,
 )
+from flute_quant.calibration.blockwise import BlockTraining, train_block
+from flute_quant.calibration.rounding import RoundedLinear
 from flute_quant.checkpoint.workfolder import partial_path
-from flute_quant.learning.blockwise import BlockTraining, train_block
-from flute_quant.learning.rounding import RoundedLinear
 from flute_quant.methods import InputMoments
 from flute_quant.rotation import rotate
 from flute_quant.stored import dequantized

@@ -105,3 +105,15 @@ def test_bits_by_layer(checkpoints: Checkpoints) -> None:
     ]
     assert all(allocation.bits_per_weight <= 3.501 for allocation in found)
     assert found[1].checked == pytest.approx(found[0].checked, rel=0.1)
+
+
+def test_gpus_share_a_layer(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    options: Any = {"method": "calibrated", "calibration": TOKENS}
+    spec, source = QuantSpec(3, 32), checkpoints("llama-fp32")
+    alone = quantize_checkpoint(source, tmp_path / "one", spec, device="cuda:0", **options)
+    torch.cuda.reset_peak_memory_stats(1)
+    shared = quantize_checkpoint(source, tmp_path / "all", spec, device="cuda", **options)
+    assert torch.cuda.max_memory_allocated(1) > 0
+    assert shared.errors == pytest.approx(alone.errors, rel=TOLERANCE)

@@ -67,7 +67,9 @@ def test_ctrl_c_keeps_finished_files_says_so_and_leaves_no_output(
 ) -> None:
     source, out = checkpoints("llama-sharded"), tmp_path / "out"
     slow = (
-        "import sys, time, flute_quant.cli.progress as p\n"
+        "import signal, sys, time, flute_quant.cli.progress as p\n"
+        # What a background job of a shell starts ignores it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "p.ProgressView.quantized = lambda self, event: time.sleep(0.4)\n"
         "from flute_quant.cli import main\n"
         "sys.exit(main(sys.argv[1:]))"

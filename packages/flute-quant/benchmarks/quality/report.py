@@ -78,20 +78,21 @@ def gathered(runs: list[dict[str, Any]]) -> dict[str, Line]:
 def protocol(record: dict[str, Any], file: str) -> str:
     """What was measured, and where."""
     runs = record["runs"]
-    machines = sorted({run["machine"] for run in runs})
+    versions: dict[str, dict[str, str]] = {}
+    for run in runs:
+        versions.setdefault(run["machine"], {}).update({**run["versions"], **run.get("packages", {})})
+    machines = [
+        f"{machine} ({', '.join(f'{name} {version}' for name, version in found.items())})"
+        for machine, found in sorted(versions.items())
+    ]
     dates = sorted({run["date"] for run in runs})
     seeds = sorted({run["seed"] for run in runs if run["seed"] != _SHIPPED})
-    packages: dict[str, str] = {}
-    for run in runs:
-        packages |= run.get("packages", {})
-    versions = {**record["versions"], **packages}
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     begins = "no BOS" if record["bos"] == "none" else f"{record['bos']} first in each"
     return (
         f"{record['model']}, {record['windows']} windows of {record['length']} tokens of {record['text']}, "
         f"{begins}, bfloat16; orders of channels {', '.join(seeds)}; calibration text "
-        f"{record['calibration'] or 'none'}. On {'; '.join(machines)}, {when}; "
-        f"{', '.join(f'{name} {version}' for name, version in versions.items())}. "
+        f"{record['calibration'] or 'none'}. {when}, on {'; '.join(machines)}. "
         f"Record: `benchmarks/results/{file}`."
     )
 

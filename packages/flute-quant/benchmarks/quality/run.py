@@ -116,6 +116,7 @@ def _run(
         "seconds": round(made.seconds, 1),
         **{key: float(f"{value:.6g}") for key, value in found.items()},
         "machine": _machine(workshop.device),
+        "versions": _versions(),
         "date": dt.date.today().isoformat(),
         **made.notes,
     }
@@ -157,19 +158,12 @@ def _peer(text: str) -> tuple[str, Path]:
 
 def _record(output: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     """What was measured before under the same protocol, to go on with."""
-    versions = {
-        "flute-quant": package_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     if not output.exists():
-        return {**protocol, "versions": versions, "runs": []}
+        return {**protocol, "runs": []}
     record: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     other = {key: record.get(key) for key, value in protocol.items() if record.get(key) != value}
     if other:
         raise SystemExit(f"{output} was measured under {other}, not under {protocol}.")
-    record["versions"] = versions
     return record
 
 
@@ -193,6 +187,15 @@ def _check_same(original: Any, permuted: Any, windows: Tensor) -> None:
             raise SystemExit(
                 f"Permuting the channels changed the logits by {change:.2g}; expected {_SAME:.0e}."
             )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "flute-quant": package_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _machine(device: torch.device) -> str:

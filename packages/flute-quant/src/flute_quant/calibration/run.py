@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear
+from flute_quant.calibration.blockwise import BlockTraining, train_block
 from flute_quant.calibration.layers import LayerCall, trace_layers
 from flute_quant.calibration.meter import MomentMeter
 from flute_quant.calibration.store import LayerStore
 from flute_quant.importance.channels import column_importance
 from flute_quant.importance.tokens import evaluating
-from flute_quant.learning.blockwise import BlockTraining, train_block
 from flute_quant.methods import CalibratedMethod, InputMoments, Method, Recipe, data_free_method
 from flute_quant.methods.parallel import ordinary_tensors
 from flute_quant.plan import PlannedLinear

@@ -1,4 +1,4 @@
-"""Learning the numbers of a quantized model by gradient descent, on one layer or on the whole model."""
+"""Learning the scales of a quantized model by gradient descent on the whole of it."""
 
 from flute_quant.learning.scales import learn_scales
 

@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from flute_kernels import QuantizedLinear
 from flute_quant.calibration.layers import outermost_layers
+from flute_quant.calibration.replaced import replaced, without_gradients
 from flute_quant.calibration.text import check_tokens
 from flute_quant.errors import QuantizationError
 from flute_quant.importance.tokens import evaluating, input_embedding
 from flute_quant.learning.linear import LearnedLinear, Teaching
-from flute_quant.learning.replaced import replaced, without_gradients
 
 __all__ = ["LOSSES", "learn_scales"]
 

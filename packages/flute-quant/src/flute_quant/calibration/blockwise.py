@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from flute_kernels import QuantizedLinear
 from flute_kernels.format import unpack_codes
-from flute_quant.learning.replaced import replaced, without_gradients
-from flute_quant.learning.rounding import RoundedLinear
+from flute_quant.calibration.replaced import replaced, without_gradients
+from flute_quant.calibration.rounding import RoundedLinear
 
 __all__ = ["BlockTraining", "TrainedBlock", "train_block"]
 
