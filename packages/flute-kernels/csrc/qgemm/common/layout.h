@@ -30,7 +30,7 @@
 // one: lane t reads that part of each of the four runs. And it is why run 4g + t lies at place 4g + (t xor g / 2): so
 // 32 lanes that read a word of such runs each want 32 different banks of shared memory. At 3 bits a run does not
 // divide into four. So there the exchange is made once and for all: byte i of lane t's words is stored as byte t of
-// lane i's (exchange.cuh), a lane has what that product wants, and the other, sm80, exchanges x.
+// lane i's (exchange.cuh), a lane has what that product wants, and the other, sm80, loads the same pairs of x.
 #pragma once
 
 #include <cstdint>

@@ -40,17 +40,15 @@ __device__ __forceinline__ void load_scales(uint32_t (&v)[2], const uint32_t* p,
                : "+r"(v[0]), "+r"(v[1])
                : "l"(p), "r"(int{on}));
 }
-// `value`, once `word` has been loaded; `nothing` is zero, which the compiler does not know. A warp waits for loads by
-// counting those under way in six counters, and ptxas has one of them count all loads of a loop from global memory:
-// who waits for one of these waits for all. So what is to be under way for long must not be asked for before what is
-// wanted now is there, and this is how a load is made to depend on that.
-__device__ __forceinline__ int after(uint32_t word, int value, uint32_t nothing) {
-  return value + static_cast<int>(word & nothing);
-}
 // x may have been written by the kernel before, so not through the read-only path.
 __device__ __forceinline__ void load_x(uint4& v, const uint16_t* p, bool on) {
   asm volatile("{.reg .pred q; setp.ne.s32 q, %5, 0;\n@q ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
                : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(p), "r"(int{on}));
+}
+__device__ __forceinline__ void load_x(uint32_t& v, const uint16_t* p, bool on) {
+  asm volatile("{.reg .pred q; setp.ne.s32 q, %2, 0;\n@q ld.global.b32 %0, [%1];}"
+               : "+r"(v)
                : "l"(p), "r"(int{on}));
 }
 

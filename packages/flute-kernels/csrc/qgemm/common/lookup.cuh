@@ -19,16 +19,14 @@ namespace flute {
 // All of a block's dynamic shared memory; the table is first.
 extern __shared__ __align__(1024) unsigned char shared[];
 
-// i * 256 + offset, for a byte i of a word and an offset whose byte 1 is zero: there goes the byte of the word, which a
-// selector names.
-FLUTE_BOTH constexpr uint32_t selector(int byte) { return 0x7604u | byte << 4; }
-__device__ __forceinline__ uint32_t table_address(uint32_t word, uint32_t offset, uint32_t selector) {
-  return __byte_perm(word, offset, selector);
+// i * 256 + offset, for a byte i of a word and an offset whose byte 1 is zero: there goes the byte of the word. PTX
+// ISA 9.0, 9.7.8.7, prmt.
+template <int kByte>
+__device__ __forceinline__ uint32_t table_address(uint32_t word, uint32_t offset) {
+  uint32_t address;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(address) : "r"(word), "r"(offset), "n"(0x7604 | kByte << 4));
+  return address;
 }
-// The selectors of four bytes. A lane may take them in an order of its own.
-struct Order {
-  uint32_t selectors[4] = {selector(0), selector(1), selector(2), selector(3)};
-};
 
 // A table on its way into every bank. Eight threads make the 128 bytes of an entry, each a line of 16 of
 // them; of all 2048 lines, a thread makes every kThreads-th.
@@ -91,29 +89,28 @@ __device__ __forceinline__ uint32_t fourth_word(const uint32_t (&words)[4]) {
 }
 
 // The A fragments of the two products of K half h, from a lane's words of a unit. In fragment q, register 2p + r has
-// row half r of the low (p = 0) or high columns: pair i = 2q + p; at 3 bits, byte i in the given order.
+// row half r of the low (p = 0) or high columns: pair i = 2q + p.
 template <int kBits, int h>
-__device__ __forceinline__ void look_up(uint32_t (&a)[2][4], const uint32_t (&words)[4], uint32_t offset,
-                                        const Order& order = {}) {
+__device__ __forceinline__ void look_up(uint32_t (&a)[2][4], const uint32_t (&words)[4], uint32_t offset) {
   if constexpr (kBits == 2) {
-    load_entry(a[0][0], a[0][1], table_address(words[0], offset, selector(h)));
-    load_entry(a[0][2], a[0][3], table_address(words[0], offset, selector(2 + h)));
-    load_entry(a[1][0], a[1][1], table_address(words[1], offset, selector(h)));
-    load_entry(a[1][2], a[1][3], table_address(words[1], offset, selector(2 + h)));
+    load_entry(a[0][0], a[0][1], table_address<h>(words[0], offset));
+    load_entry(a[0][2], a[0][3], table_address<2 + h>(words[0], offset));
+    load_entry(a[1][0], a[1][1], table_address<h>(words[1], offset));
+    load_entry(a[1][2], a[1][3], table_address<2 + h>(words[1], offset));
   } else if constexpr (kBits == 3) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t word = words[2 * h + r];
-      load_entry(a[0][r], table_address(word, offset, order.selectors[0]));
-      load_entry(a[0][2 + r], table_address(word, offset, order.selectors[1]));
-      load_entry(a[1][r], table_address(word, offset, order.selectors[2]));
-      load_entry(a[1][2 + r], table_address(word, offset, order.selectors[3]));
+      load_entry(a[0][r], table_address<0>(word, offset));
+      load_entry(a[0][2 + r], table_address<1>(word, offset));
+      load_entry(a[1][r], table_address<2>(word, offset));
+      load_entry(a[1][2 + r], table_address<3>(word, offset));
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      load_entry(a[i / 2][i % 2 * 2], table_address(words[i], offset, selector(2 * h)));
-      load_entry(a[i / 2][i % 2 * 2 + 1], table_address(words[i], offset, selector(2 * h + 1)));
+      load_entry(a[i / 2][i % 2 * 2], table_address<2 * h>(words[i], offset));
+      load_entry(a[i / 2][i % 2 * 2 + 1], table_address<2 * h + 1>(words[i], offset));
     }
   }
 }

@@ -14,7 +14,7 @@ struct Config {
   int columns;  // rows of x that a block multiplies: 8 or 16
   int tiles;    // row tiles of a warp
   int warps_k, warps_n;
-  int depth;     // sets of registers for codes: 1 or 2
+  int depth;     // units of codes on their way to a warp
   int resident;  // blocks that share a multiprocessor, given the registers
   int grouped;   // 1: for mixtures of experts
 };

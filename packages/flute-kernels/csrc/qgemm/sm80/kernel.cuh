@@ -9,9 +9,8 @@
 //
 // Who does what. A warp owns `tiles` neighbouring tiles of 16 rows and every warps_k-th unit of 64
 // along K; the fragments of x that it loads serve all its tiles. The lanes' codes lie in memory in the
-// order in which the lanes need them (common/layout.h), so a unit is one load a lane, or two. All that a unit needs is
-// asked for while the unit before is multiplied: with two sets of registers (`depth`) at once when that begins, with
-// one set tile by tile. common/lookup.cuh says how a byte of codes becomes two or four weights, in the
+// order in which the lanes need them (common/layout.h), so a unit is one load a lane, always under way
+// `depth` units ahead. common/lookup.cuh says how a byte of codes becomes two or four weights, in the
 // registers of the A fragments of two products. Scales are applied to the sums, in float, once every 64 or
 // 32 weights: 4 FMAs an accumulator tile, where scaling the weights would take 16 and round.
 //
@@ -26,7 +25,6 @@
 #include "core/convert.cuh"
 #include "core/early.cuh"
 #include "core/mma.cuh"
-#include "qgemm/common/exchange.cuh"
 #include "qgemm/common/experts.cuh"
 #include "qgemm/common/layout.h"
 #include "qgemm/common/loads.cuh"
@@ -118,20 +116,21 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   const auto advance = [&] { codes += code_step, scales += scale_step; };
 #pragma unroll
   for (int d = 0; d < kDepth; ++d) {
-    if (d > 0) advance();
 #pragma unroll
     for (int r = 0; r < kTiles; ++r) {
       load_words(d, r, warp_k + d * kWarpsK < p.units);
       load_scale(d, r, warp_k + d * kWarpsK < p.units);
     }
+    advance();
   }
-  if (kDepth == 1) advance();
   if constexpr (!kGrouped) {
     entries.store();
     wait_for_predecessor();
   }
 
-  // x, a unit ahead: lanes 4g .. 4g + 3 hold row g. Rows beyond M stay zero.
+  // x, a unit ahead: lanes 4g .. 4g + 3 hold row g. Rows beyond M stay zero. At 3 bits lane t's codes are pair t of each
+  // run of eight, else run t (common/layout.h), and its words of x are the same ones.
+  constexpr int kOwn = kBits == 3 ? 2 : 8;
   const uint16_t* x[kFragments];
   bool has_row[kFragments];
   uint4 b[2][kFragments][2];
@@ -139,59 +138,45 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   for (int j = 0; j < kFragments; ++j) {
     const int m = column0 + 8 * j + g;
     has_row[j] = m < end;
-    x[j] = p.x + min(m, end - 1) * p.ldx + warp_k * layout::kUnit + 8 * t;
+    x[j] = p.x + min(m, end - 1) * p.ldx + warp_k * layout::kUnit + kOwn * t;
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2][j][i % 2] = make_uint4(0, 0, 0, 0);
   }
-  const auto load_unit_of_x = [&](uint4(&to)[kFragments][2], bool on) {
+  const auto load_unit_of_x = [&](uint4(&to)[kFragments][2], int unit) {
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
-      load_x(to[j][0], x[j], has_row[j] && on);
-      load_x(to[j][1], x[j] + 32, has_row[j] && on);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint4& half = to[j][h];
+        const uint16_t* const at = x[j] + 32 * h;
+        const bool on = has_row[j] && unit < p.units;
+        if constexpr (kBits == 3) {
+          load_x(half.x, at, on), load_x(half.y, at + 8, on);
+          load_x(half.z, at + 16, on), load_x(half.w, at + 24, on);
+        } else {
+          load_x(half, at, on);
+        }
+      }
       x[j] += kWarpsK * layout::kUnit;
     }
   };
-  load_unit_of_x(b[0], warp_k < p.units);
+  load_unit_of_x(b[0], warp_k);
   if (kGrouped && !has_table) entries.store();
   __syncthreads();  // the table is whole
 
   const uint32_t bank = kBits == 2 ? lane % 16 * 8 : lane * 4;
   float sum[kTiles][kFragments][4] = {};
 
-  // At 3 bits, what a lane has of x is what others multiply, and the byte of a word that goes with its i-th piece of x is
-  // t ^ i (common/exchange.cuh).
-  Order order;
-  if constexpr (kBits == 3) {
+  constexpr int kUnrolled = kDepth > 2 ? kDepth : 2;
+  static_assert(kUnrolled % kDepth == 0 && kUnrolled % 2 == 0);  // codes; two sets of x in turn
+  for (int first = warp_k; first < p.units; first += kUnrolled * kWarpsK) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) order.selectors[i] = selector(t ^ i);
-  }
-  const uint32_t nothing = p.n < 0;
-
-  static_assert(kDepth == 1 || kDepth == 2);
-  for (int first = warp_k; first < p.units; first += 2 * kWarpsK) {
-#pragma unroll
-    for (int l = 0; l < 2; ++l) {
+    for (int l = 0; l < kUnrolled; ++l) {
       const int unit = first + l * kWarpsK, d = l % kDepth;
       if (l > 0 && unit >= p.units) break;
-      uint4(&now)[kFragments][2] = b[l];
-      // The next unit is asked for when this one is there. The prologue has asked for the first two.
-      const bool more = unit + kWarpsK < after(ahead[d][0][0], p.units, nothing);
-      load_unit_of_x(b[1 - l], more);
-      if constexpr (kDepth == 2) {
-#pragma unroll
-        for (int r = 0; r < kTiles; ++r) {
-          load_words(1 - d, r, more && unit != warp_k);
-          load_scale(1 - d, r, more && unit != warp_k);
-        }
-      }
-      if constexpr (kBits == 3) {
-#pragma unroll
-        for (int j = 0; j < kFragments; ++j) exchange(now[j][0], lane), exchange(now[j][1], lane);
-      } else if constexpr (kDepth == 2) {
-        // Where lanes exchange something, ptxas ends a block of instructions. Else it would put these loads last, as
-        // nothing in the loop's body wants them. What is exchanged is nothing, for the unit after the next.
-        x[0] += __shfl_xor_sync(0xffffffff, lane, 1) & nothing;
-      }
+      uint4(&now)[kFragments][2] = b[l % 2];
+      load_unit_of_x(b[(l + 1) % 2], unit + kWarpsK);
+      const bool more = unit + kDepth * kWarpsK < p.units;
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {
         uint32_t words[4];
@@ -200,9 +185,9 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
         if constexpr (kBits == 3) words[3] = fourth_word(words);
         // All lookups of the tile first: its registers are then free for the next unit's codes.
         uint32_t a[2][2][4];
-        look_up<kBits, 0>(a[0], words, bank, order);
-        look_up<kBits, 1>(a[1], words, bank, order);
-        if constexpr (kDepth == 1) load_words(d, r, more);
+        look_up<kBits, 0>(a[0], words, bank);
+        look_up<kBits, 1>(a[1], words, bank);
+        load_words(d, r, more);
         float part[kFragments][4] = {};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -222,7 +207,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
             }
           }
         }
-        if constexpr (kDepth == 1) load_scale(d, r, more);
+        load_scale(d, r, more);
       }
       advance();
     }

@@ -75,7 +75,7 @@ class Codes {
     if constexpr (kBits == 2) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        load_entry(a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1], table_address(words[i], bank_, selector(h)));
+        load_entry(a[i / 2][i % 2 * 2], a[i / 2][i % 2 * 2 + 1], table_address<h>(words[i], bank_));
     } else {
       flute::look_up<kBits, h>(a, words, bank_);
     }

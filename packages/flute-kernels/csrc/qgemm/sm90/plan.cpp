@@ -69,6 +69,30 @@ bool run_at_once(int64_t clusters, int64_t blocks, int64_t multiprocessors) {
          clusters * blocks <= (blocks == 2 ? multiprocessors : multiprocessors * 7 / 8);
 }
 
+// Of an expert, on average: blocks of columns, and the part of them that has few.
+struct ColumnBlocks {
+  double count, few;
+};
+
+// Experts have between half as many and one and a half times as many rows of x as the average; who has how many is not
+// known here.
+ColumnBlocks column_blocks(const Config& c, double average) {
+  constexpr int kExperts = 16;
+  int count = 0, few = 0;
+  for (int i = 0; i < kExperts; ++i) {
+    const int rows = std::max(1, static_cast<int>(std::lround(average * (0.5 + (i + 0.5) / kExperts))));
+    const int blocks = static_cast<int>(ceil_div(rows, c.columns));
+    count += blocks;
+    few += rows - (blocks - 1) * c.columns <= few_columns(c);
+  }
+  return {static_cast<double>(count) / kExperts, static_cast<double>(few) / count};
+}
+
+// A stage in the narrow main loop of wide blocks, where x is copied as wide as ever.
+double few_time(const Config& c) {
+  return 1.1 * stage_units(c) * unit_time({few_columns(c), c.warpgroups, c.slabs, 1});
+}
+
 void add_workspace(Plan& plan) {
   const Config& c = kConfigs[plan.config];
   plan.pieces_bytes = int64_t{plan.blocks} * rows(c) * c.columns * int64_t{sizeof(float)};
@@ -89,8 +113,6 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     // Wider blocks would multiply zeros, and much narrower ones look all weights up again and again.
     if (c.grouped || c.columns > columns || 2 * c.columns < columns) continue;
     if (tiles(c) > tiles_per_table) continue;
-    // At 3 bits, four warpgroups have too few registers for 64 columns: whole runs of codes take nine more.
-    if (w.bits == 3 && c.warpgroups == 4 && c.columns > 48) continue;
     Plan plan;
     plan.config = i;
     plan.groups_per_segment = static_cast<int>(ceil_div(tiles_per_table, tiles(c)));
@@ -133,6 +155,7 @@ Plan make_grouped_plan(const QWeight& w, int64_t m, int64_t experts, const Gpu& 
   Plan best;
   double least = 0;
   if (experts > kMostExperts || m < 1) return best;
+  const double busy = static_cast<double>(std::min(m, experts));
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
     if (!c.grouped || tiles(c) > segments.tiles) continue;
@@ -141,17 +164,13 @@ Plan make_grouped_plan(const QWeight& w, int64_t m, int64_t experts, const Gpu& 
     plan.groups_per_segment = static_cast<int>(ceil_div(segments.tiles, tiles(c)));
     plan.groups = static_cast<int>(plan.groups_per_segment * segments.per_expert);  // of an expert
     plan.blocks = gpu.multiprocessors;
-    // Each expert that has rows is likely to fill half of its last block of columns.
-    const double busy = static_cast<double>(std::min(m, experts));
-    plan.column_blocks = static_cast<int>(std::max(busy, static_cast<double>(m) / c.columns + busy / 2));
+    const ColumnBlocks of_expert = column_blocks(c, static_cast<double>(m) / busy);
+    plan.column_blocks = static_cast<int>(std::lround(busy * of_expert.count));
+    const int stages = stages_of(c, static_cast<int>(layout::units(w.k)));
+    const double item_time = kItem + stages * ((1 - of_expert.few) * stage_time(c) + of_expert.few * few_time(c));
     plan.sets = int64_t{plan.groups} * plan.column_blocks;
     if (plan.sets > kMostSets) continue;
-    // A quarter of them has few columns, and takes less where the kernel has a main loop for these.
-    const int few = few_columns(c);
-    const double saved = few == 0 ? 0 : 1 - unit_time({few, c.warpgroups, c.slabs, 1}) / unit_time(c);
-    const double sets = plan.groups * (plan.column_blocks - saved * busy / 4);
-    const double time = std::ceil(sets / plan.blocks) *
-                        (stage_time(c) * stages_of(c, static_cast<int>(layout::units(w.k))) + kItem);
+    const double time = std::ceil(static_cast<double>(plan.sets) / plan.blocks) * item_time;
     if (best.config < 0 || time < least) best = plan, least = time;
   }
   if (best.config >= 0) add_workspace(best);

@@ -16,7 +16,7 @@ namespace flute::sm90 {
 
 // Fewer rows of x leave most of the products' columns empty, and the sm80 room is faster, unless the weight is so large
 // that little else than its main loop counts (docs/kernel-notes.md).
-constexpr int64_t kFewestRows = 17, kFewestRowsOfLarge = 9, kLarge = int64_t{1} << 28;
+constexpr int64_t kFewestRows = 17, kFewestRowsOfLarge = 9, kLarge = int64_t{1} << 28, kFewestRowsOfMixture = 9;
 constexpr int64_t kMostRows = int64_t{1} << 30;
 constexpr int kRowsOfBand = 2048;  // of x that blocks read at about the same time: schedule.cuh
 
@@ -56,7 +56,7 @@ uint64_t new_token() {
 bool supports(const QgemmProblem& p) {
   if (p.gpu.capability != 90 || p.dtype == DType::f32) return false;
   const bool is_large = p.weight.bits == 4 && p.weight.n * p.weight.k >= kLarge;
-  if (!p.counts && p.m < (is_large ? kFewestRowsOfLarge : kFewestRows)) return false;
+  if (p.m < (p.counts ? kFewestRowsOfMixture : is_large ? kFewestRowsOfLarge : kFewestRows)) return false;
   return p.m <= kMostRows && plan_of(p).config >= 0;
 }
 
