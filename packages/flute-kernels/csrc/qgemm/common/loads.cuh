@@ -46,10 +46,13 @@ __device__ __forceinline__ void load_x(uint4& v, const uint16_t* p, bool on) {
                : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
                : "l"(p), "r"(int{on}));
 }
-__device__ __forceinline__ void load_x(uint32_t& v, const uint16_t* p, bool on) {
-  asm volatile("{.reg .pred q; setp.ne.s32 q, %2, 0;\n@q ld.global.b32 %0, [%1];}"
-               : "+r"(v)
-               : "l"(p), "r"(int{on}));
+// The same 16 bytes to shared memory, as part of the copies that the lane commits next (PTX ISA 9.0, 9.7.9.25.3.1,
+// cp.async).
+__device__ __forceinline__ void copy_x(uint32_t to, const uint16_t* p, bool on) {
+  asm volatile(
+      "{.reg .pred q; setp.ne.s32 q, %2, 0;\n@q cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(to), "l"(p),
+      "r"(int{on})
+      : "memory");
 }
 
 }  // namespace flute

@@ -30,9 +30,15 @@ constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kGroups[] = {32, 64};
 constexpr int kGroupCount = 2;
 
-constexpr int shared_bytes(const Config& c) {
-  const int partial = c.warps_k * c.warps_n * c.tiles * (c.columns / 8) * 32 * 16;
-  return partial > layout::kTableBytes ? partial : layout::kTableBytes;
+// At 3 bits: units of x that a warp has in shared memory, and lines for a row's unit that the table has room for (x.cuh).
+constexpr int kXStages = 2, kXLines = layout::kTableBytes / 256;
+
+constexpr int shared_bytes(const Config& c, int bits) {
+  const int warps = c.warps_k * c.warps_n, lines = warps * c.columns;
+  const int main =
+      layout::kTableBytes + (bits == 3 && kXStages * lines > kXLines ? lines * layout::kUnit * 2 : 0);
+  const int sums = warps * c.tiles * (c.columns / 8) * 32 * 16;
+  return sums > main ? sums : main;
 }
 
 struct Params {

@@ -22,6 +22,8 @@
 // waiting for it; x and the result come after. Of a mixture of experts, all but a table for all of them does.
 #pragma once
 
+#include <type_traits>
+
 #include "core/convert.cuh"
 #include "core/early.cuh"
 #include "core/mma.cuh"
@@ -30,6 +32,7 @@
 #include "qgemm/common/loads.cuh"
 #include "qgemm/common/lookup.cuh"
 #include "qgemm/sm80/config.h"
+#include "qgemm/sm80/x.cuh"
 
 namespace flute::sm80 {
 
@@ -128,39 +131,14 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     wait_for_predecessor();
   }
 
-  // x, a unit ahead: lanes 4g .. 4g + 3 hold row g. Rows beyond M stay zero. At 3 bits lane t's codes are pair t of each
-  // run of eight, else run t (common/layout.h), and its words of x are the same ones.
-  constexpr int kOwn = kBits == 3 ? 2 : 8;
-  const uint16_t* x[kFragments];
-  bool has_row[kFragments];
-  uint4 b[2][kFragments][2];
+  using X = std::conditional_t<kBits == 3, XThroughRing<kFragments, kThreads / 32>, XInRegisters<kFragments>>;
+  X x(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), p.units, kWarpsK);
 #pragma unroll
   for (int j = 0; j < kFragments; ++j) {
     const int m = column0 + 8 * j + g;
-    has_row[j] = m < end;
-    x[j] = p.x + min(m, end - 1) * p.ldx + warp_k * layout::kUnit + kOwn * t;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) b[i / 2][j][i % 2] = make_uint4(0, 0, 0, 0);
+    x.set_row(j, p.x + min(m, end - 1) * p.ldx + warp_k * layout::kUnit, m < end);
   }
-  const auto load_unit_of_x = [&](uint4(&to)[kFragments][2], int unit) {
-#pragma unroll
-    for (int j = 0; j < kFragments; ++j) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint4& half = to[j][h];
-        const uint16_t* const at = x[j] + 32 * h;
-        const bool on = has_row[j] && unit < p.units;
-        if constexpr (kBits == 3) {
-          load_x(half.x, at, on), load_x(half.y, at + 8, on);
-          load_x(half.z, at + 16, on), load_x(half.w, at + 24, on);
-        } else {
-          load_x(half, at, on);
-        }
-      }
-      x[j] += kWarpsK * layout::kUnit;
-    }
-  };
-  load_unit_of_x(b[0], warp_k);
+  x.begin(warp_k);
   if (kGrouped && !has_table) entries.store();
   __syncthreads();  // the table is whole
 
@@ -168,14 +146,14 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   float sum[kTiles][kFragments][4] = {};
 
   constexpr int kUnrolled = kDepth > 2 ? kDepth : 2;
-  static_assert(kUnrolled % kDepth == 0 && kUnrolled % 2 == 0);  // codes; two sets of x in turn
+  static_assert(kUnrolled % kDepth == 0 && kUnrolled % 2 == 0 &&
+                kXStages == 2);  // codes; two sets of x in turn
   for (int first = warp_k; first < p.units; first += kUnrolled * kWarpsK) {
 #pragma unroll
     for (int l = 0; l < kUnrolled; ++l) {
       const int unit = first + l * kWarpsK, d = l % kDepth;
       if (l > 0 && unit >= p.units) break;
-      uint4(&now)[kFragments][2] = b[l % 2];
-      load_unit_of_x(b[(l + 1) % 2], unit + kWarpsK);
+      const uint4(&now)[kFragments][2] = x.take(l % 2, unit);
       const bool more = unit + kDepth * kWarpsK < p.units;
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {

@@ -34,7 +34,7 @@ double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, co
       256.0 + 8.0 * c.warps_k * c.warps_n * c.tiles * fragments * std::min<int64_t>(rows_of_x, 8) / 8.0;
   const int64_t blocks = int64_t{plan.row_blocks} * plan.column_blocks;
   const int64_t on_busiest = ceil_div(blocks, gpu.multiprocessors);
-  const int resident = std::clamp<int>(gpu.shared_bytes / (shared_bytes(c) + 1024), 1, c.resident);
+  const int resident = std::clamp<int>(gpu.shared_bytes / (shared_bytes(c, w.bits) + 1024), 1, c.resident);
   const int64_t warps = std::min<int64_t>(on_busiest, resident) * c.warps_k * c.warps_n;
   // Warps that have a unit fewer wait for the others.
   const double uneven = ceil_div(layout::units(w.k), c.warps_k) * c.warps_k / units;

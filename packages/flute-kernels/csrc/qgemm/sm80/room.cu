@@ -60,7 +60,7 @@ Status launch(const QgemmProblem& p) {
   return flute::launch(
       {kernel_for(p, plan.config), static_cast<unsigned>(plan.column_blocks),
        static_cast<unsigned>(plan.blocks_per_table), static_cast<unsigned>(segments.per_expert),
-       config.warps_k * config.warps_n * 32, shared_bytes(config)},
+       config.warps_k * config.warps_n * 32, shared_bytes(config, w.bits)},
       arguments, p.gpu.device, p.stream);
 }
 

@@ -80,8 +80,7 @@ class Pieces {
   __device__ __forceinline__ void add(Sums& sum, int first, int last) const {
     constexpr int kAtOnce = kCount % 8 == 0   ? 8
                             : kCount % 6 == 0 ? 6
-                            : kCount % 4 == 0 ? 4
-                                              : 2;  // loads under way, as registers allow
+                                              : 4;  // loads under way, as registers allow
     static_assert(kCount % kAtOnce == 0);
     wait(lane_ <= last - first, word(first + lane_, 0));
 #pragma unroll 1

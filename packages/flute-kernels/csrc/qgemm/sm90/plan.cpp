@@ -26,14 +26,14 @@ int columns_for(int64_t m) {
 
 // Microseconds on an H100, less what all plans of a problem take, fitted to times that were measured
 // (docs/kernel-notes.md). Lookups and products share a multiprocessor, so their times add up in part.
-double unit_time(const Config& c) {
+double unit_time(const Config& c, int bits) {
   return std::hypot(0.138, c.columns * (0.00131 * c.warpgroups * c.slabs + 0.00025)) -
          (scales_weights(c) ? 0.023 : 0) + (c.slabs > 1 ? 0.09 : 0) +
          (c.warpgroups == 3   ? 0.045
-          : c.warpgroups == 4 ? 0.112
+          : c.warpgroups == 4 ? (bits == 3 ? 0.09 : 0.112)
                               : 0);
 }
-double stage_time(const Config& c) { return stage_units(c) * unit_time(c); }
+double stage_time(const Config& c, int bits) { return stage_units(c) * unit_time(c, bits); }
 
 constexpr double kItem = 1.32;  // to begin and to end one
 
@@ -48,8 +48,8 @@ double with_memory(double main, double least) {
   return std::pow(std::pow(main, 6.0) + std::pow(least, 6.0), 1 / 6.0);
 }
 
-double time_of(const Config& c, const Plan& plan, int stages, double least) {
-  const double stage = stage_time(c), sums = 1e-3 * c.columns * c.warpgroups * c.slabs;
+double time_of(const Config& c, int bits, const Plan& plan, int stages, double least) {
+  const double stage = stage_time(c, bits), sums = 1e-3 * c.columns * c.warpgroups * c.slabs;
   if (plan.parts > 1) {
     const double join = plan.is_cluster   ? 1.44 + 4.2 * sums
                         : plan.parts == 2 ? 1.03 + 2.5 * sums
@@ -89,8 +89,8 @@ ColumnBlocks column_blocks(const Config& c, double average) {
 }
 
 // A stage in the narrow main loop of wide blocks, where x is copied as wide as ever.
-double few_time(const Config& c) {
-  return 1.1 * stage_units(c) * unit_time({few_columns(c), c.warpgroups, c.slabs, 1});
+double few_time(const Config& c, int bits) {
+  return 1.1 * stage_units(c) * unit_time({few_columns(c), c.warpgroups, c.slabs, 1}, bits);
 }
 
 void add_workspace(Plan& plan) {
@@ -122,7 +122,7 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     if (plan.sets > kMostSets) continue;
     const int stages = stages_of(c, units);
     const auto consider = [&] {
-      const double time = time_of(c, plan, stages, at_least);
+      const double time = time_of(c, w.bits, plan, stages, at_least);
       if (best.config < 0 || time < least) best = plan, least = time;
     };
     if (plan.sets > gpu.multiprocessors) {
@@ -167,7 +167,8 @@ Plan make_grouped_plan(const QWeight& w, int64_t m, int64_t experts, const Gpu& 
     const ColumnBlocks of_expert = column_blocks(c, static_cast<double>(m) / busy);
     plan.column_blocks = static_cast<int>(std::lround(busy * of_expert.count));
     const int stages = stages_of(c, static_cast<int>(layout::units(w.k)));
-    const double item_time = kItem + stages * ((1 - of_expert.few) * stage_time(c) + of_expert.few * few_time(c));
+    const double item_time =
+        kItem + stages * ((1 - of_expert.few) * stage_time(c, w.bits) + of_expert.few * few_time(c, w.bits));
     plan.sets = int64_t{plan.groups} * plan.column_blocks;
     if (plan.sets > kMostSets) continue;
     const double time = std::ceil(static_cast<double>(plan.sets) / plan.blocks) * item_time;

@@ -16,7 +16,8 @@ namespace flute::sm90 {
 
 // Fewer rows of x leave most of the products' columns empty, and the sm80 room is faster, unless the weight is so large
 // that little else than its main loop counts (docs/kernel-notes.md).
-constexpr int64_t kFewestRows = 17, kFewestRowsOfLarge = 9, kLarge = int64_t{1} << 28, kFewestRowsOfMixture = 9;
+constexpr int64_t kFewestRows = 17, kFewestRowsOfLarge = 9, kLarge = int64_t{1} << 28,
+                  kFewestRowsOfMixture = 9;
 constexpr int64_t kMostRows = int64_t{1} << 30;
 constexpr int kRowsOfBand = 2048;  // of x that blocks read at about the same time: schedule.cuh
 
