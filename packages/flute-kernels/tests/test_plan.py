@@ -29,6 +29,7 @@ def test_every_row_and_column_has_a_block(n: int, k: int, m: int, bits: int, gpu
     p = plan(n, k, m, bits=bits, gpu=gpu)
     assert p["column_blocks"] * p["columns"] >= m
     assert p["row_blocks"] * p["tiles"] * p["warps_n"] * 16 >= n
+    assert p["shared_bytes"] + 1024 <= gpu[1]  # a block's, beside what the system keeps of it
 
 
 @given(tables=st.integers(1, 12), tiles=st.integers(1, 64), m=st.sampled_from((1, 8, 16, 64)))

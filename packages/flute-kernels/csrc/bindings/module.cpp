@@ -241,6 +241,7 @@ nb::dict plan_sm80(int64_t n, int64_t k, int bits, int64_t group, int64_t tables
   out["blocks_per_table"] = plan.blocks_per_table;
   out["row_blocks"] = plan.row_blocks;
   out["column_blocks"] = plan.column_blocks;
+  out["shared_bytes"] = sm80::shared_bytes(config, bits);
   return out;
 }
 
