@@ -8,7 +8,7 @@
 // the codes, half a one for the scale, and for x (2 to 16) / tiles.
 //
 // Who does what. A warp owns `tiles` neighbouring tiles of 16 rows and every warps_k-th unit of 64
-// along K; the fragments of x that it loads serve all its tiles. The lanes' codes lie in memory in the
+// along K; its fragments of x (x.cuh) serve all its tiles. The lanes' codes lie in memory in the
 // order in which the lanes need them (common/layout.h), so a unit is one load a lane, always under way
 // `depth` units ahead. common/lookup.cuh says how a byte of codes becomes two or four weights, in the
 // registers of the A fragments of two products. Scales are applied to the sums, in float, once every 64 or

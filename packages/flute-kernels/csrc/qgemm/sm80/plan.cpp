@@ -22,6 +22,12 @@ double use_of_pipe(const Config& c, int64_t warps) {
 // Clocks from a block's first load to its first product: another block that begins then does not hide them all.
 constexpr double kStart = 2000;
 
+// Wavefronts in which a block makes its table. Of a mixture it has made it before it knows what else to do.
+constexpr double kTable = 256;
+
+// Of a mixture: what it takes longer where blocks fill all multiprocessors, and the next kernel's cannot begin early.
+constexpr double kFull = 1000;
+
 // Clocks that the busiest multiprocessor is at work: wavefronts of its shared-memory pipe (kernel.cuh
 // counts them) over the part of the pipe that its warps can use.
 double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, const Gpu& gpu) {
@@ -30,8 +36,8 @@ double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, co
   const int64_t rows_of_x = std::min<int64_t>(m, c.columns);
   const double x = 2.0 * std::min<int64_t>(8 * fragments, std::max<int64_t>(rows_of_x, 1));
   const double main = units * c.warps_n * (c.tiles * (16.0 + w.bits + 0.5) + x);
-  const double ends =
-      256.0 + 8.0 * c.warps_k * c.warps_n * c.tiles * fragments * std::min<int64_t>(rows_of_x, 8) / 8.0;
+  const double ends = (c.grouped ? 0 : kTable) + 8.0 * c.warps_k * c.warps_n * c.tiles * fragments *
+                                                     std::min<int64_t>(rows_of_x, 8) / 8.0;
   const int64_t blocks = int64_t{plan.row_blocks} * plan.column_blocks;
   const int64_t on_busiest = ceil_div(blocks, gpu.multiprocessors);
   const int resident = std::clamp<int>(gpu.shared_bytes / (shared_bytes(c, w.bits) + 1024), 1, c.resident);
@@ -39,7 +45,8 @@ double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, co
   // Warps that have a unit fewer wait for the others.
   const double uneven = ceil_div(layout::units(w.k), c.warps_k) * c.warps_k / units;
   const double turns = static_cast<double>(on_busiest) / std::min<int64_t>(on_busiest, resident);
-  return turns * kStart + on_busiest * (main * uneven + ends) / use_of_pipe(c, warps);
+  const double full = c.grouped && on_busiest >= resident ? kFull : 0;
+  return turns * kStart + full + on_busiest * (main * uneven + ends) / use_of_pipe(c, warps);
 }
 
 }  // namespace

@@ -16,8 +16,9 @@ namespace flute::sm90 {
 
 // Fewer rows of x leave most of the products' columns empty, and the sm80 room is faster, unless the weight is so large
 // that little else than its main loop counts (docs/kernel-notes.md).
-constexpr int64_t kFewestRows = 17, kFewestRowsOfLarge = 9, kLarge = int64_t{1} << 28,
-                  kFewestRowsOfMixture = 9;
+constexpr int64_t kFewestRows = 17, kFewestRowsOfLarge = 9, kLarge = int64_t{1} << 28;
+// Of a mixture, in all, or more where so many experts share them that most have one.
+constexpr int64_t kFewestRowsOfMixture = 9;
 constexpr int64_t kMostRows = int64_t{1} << 30;
 constexpr int kRowsOfBand = 2048;  // of x that blocks read at about the same time: schedule.cuh
 
@@ -57,7 +58,10 @@ uint64_t new_token() {
 bool supports(const QgemmProblem& p) {
   if (p.gpu.capability != 90 || p.dtype == DType::f32) return false;
   const bool is_large = p.weight.bits == 4 && p.weight.n * p.weight.k >= kLarge;
-  if (p.m < (p.counts ? kFewestRowsOfMixture : is_large ? kFewestRowsOfLarge : kFewestRows)) return false;
+  const int64_t fewest = p.counts   ? std::max(kFewestRowsOfMixture, p.experts / 4 + 1)
+                         : is_large ? kFewestRowsOfLarge
+                                    : kFewestRows;
+  if (p.m < fewest) return false;
   return p.m <= kMostRows && plan_of(p).config >= 0;
 }
 
