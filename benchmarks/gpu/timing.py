@@ -65,11 +65,14 @@ def microseconds(call: Callable[[int], object], copies: int) -> float:
     return statistics.median(Replays(call, copies).measure())
 
 
-def in_turns(sides: Mapping[str, Replays], rounds: int = 3) -> dict[str, float]:
-    """Each side's median over rounds in which all have a turn: a GPU that gets warmer is slower for all."""
+def in_turns(sides: Mapping[str, Replays], rounds: int = 4) -> dict[str, float]:
+    """Each side's median over rounds in which all have a turn: a GPU that gets warmer is slower for all.
+
+    Every second round goes backwards, since a GPU at its limit of power also remembers who was before.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, replays in sides.items():
+    for number in range(rounds):
+        for name, replays in reversed(sides.items()) if number % 2 else sides.items():
             times[name] += replays.measure(budget=30e3 / rounds)
     return {name: statistics.median(of_side) for name, of_side in times.items()}
 

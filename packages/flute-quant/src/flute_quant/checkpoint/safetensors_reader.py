@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -146,31 +148,40 @@ class SafetensorsFile:
         """One tensor, on the CPU."""
         stored = self.tensors[name]
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
-        view = memoryview(data.numpy().data)
-        done = 0
-        for block in self.blocks(name):
-            view[done : done + len(block)] = block
-            done += len(block)
+        left = memoryview(data.numpy().data)
+        with self._opened_at(stored.start) as file:
+            while left:
+                count = file.readinto(left[:_BLOCK])
+                if not count:
+                    raise self._ended(name, len(left))
+                left = left[count:]
         return data.view(DTYPES[stored.dtype]).reshape(stored.shape)
 
     def blocks(self, name: str) -> Iterator[bytes]:
         """The bytes of one tensor, in blocks of at most 16 MiB."""
         stored = self.tensors[name]
+        left = stored.nbytes
+        with self._opened_at(stored.start) as file:
+            while left:
+                block = file.read(min(left, _BLOCK))
+                if not block:
+                    raise self._ended(name, left)
+                left -= len(block)
+                yield block
+
+    @contextmanager
+    def _opened_at(self, start: int) -> Iterator[FileIO]:
         try:
-            with self.path.open("rb") as file:
-                file.seek(stored.start)
-                left = stored.nbytes
-                while left:
-                    block = file.read(min(left, _BLOCK))
-                    if not block:
-                        raise CheckpointError(
-                            f"{self.path} ended {left} bytes before the end of {name}; "
-                            "it was changed meanwhile."
-                        )
-                    left -= len(block)
-                    yield block
+            with FileIO(self.path) as file:
+                file.seek(start)
+                yield file
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}.") from None
+
+    def _ended(self, name: str, left: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} ended {left} bytes before the end of {name}; it was changed meanwhile."
+        )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
