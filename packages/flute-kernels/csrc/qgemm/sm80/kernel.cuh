@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     for (int l = 0; l < kUnrolled; ++l) {
       const int unit = first + l * kWarpsK, d = l % kDepth;
       if (l > 0 && unit >= p.units) break;
-      const uint4(&now)[kFragments][2] = x.take(l % 2, unit);
+      const Fragments<kFragments>& now = x.take(l % 2, unit);
       const bool more = unit + kDepth * kWarpsK < p.units;
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {

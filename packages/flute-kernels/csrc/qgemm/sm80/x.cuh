@@ -16,6 +16,10 @@
 
 namespace flute::sm80 {
 
+// Of eight rows j and half h of a unit's K: [j][h].
+template <int kFragments>
+using Fragments = uint4[kFragments][2];
+
 // Both: the warp's units are `unit`, unit + step, ... below `units`. Rows that there are not stay zero.
 template <int kFragments>
 class XInRegisters {
@@ -32,13 +36,14 @@ class XInRegisters {
 
   __device__ __forceinline__ void begin(int unit) { load(0, unit < units_); }
 
-  // A unit's fragments of half h of K: [j][h]. `turn` counts units, modulo 2.
- __device__ __forceinline__ const uint4 (&take(int turn, int unit)) [kFragments][2] {
-   load(1 - turn, unit + step_ < units_);
-   return sets_[turn];
- }
+  // A unit's fragments. `turn` counts units, modulo 2.
+  __device__ __forceinline__ const Fragments<kFragments>& take(int turn, int unit) {
+    load(1 - turn, unit + step_ < units_);
+    return sets_[turn];
+  }
 
- private : __device__ __forceinline__ void load(int set, bool on) {
+ private:
+  __device__ __forceinline__ void load(int set, bool on) {
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
@@ -50,7 +55,7 @@ class XInRegisters {
   int units_, step_;
   const uint16_t* from_[kFragments];
   bool has_row_[kFragments];
-  uint4 sets_[2][kFragments][2];
+  Fragments<kFragments> sets_[2];
 };
 
 // A row's unit is a line of 128 bytes, in pieces of 16. Piece c of row g lies at place c ^ s(g), where s(g) is g with its
@@ -84,26 +89,27 @@ class XThroughRing {
     for (int stage = 0; stage < kXStages; ++stage) copy(stage, unit + stage * step_ < units_);
   }
 
- __device__ __forceinline__ const uint4 (&take(int stage, int unit)) [kFragments][2] {
-   asm volatile("cp.async.wait_group %0;" ::"n"(kXStages - 1) : "memory");
-   __syncwarp();
+  __device__ __forceinline__ const Fragments<kFragments>& take(int stage, int unit) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kXStages - 1) : "memory");
+    __syncwarp();
 #pragma unroll
-   for (int j = 0; j < kFragments; ++j) {
+    for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
-     for (int h = 0; h < 2; ++h) {
-       uint4& v = now_[j][h];
-       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                    : "r"(at(read_, stage, j, h))
-                    : "memory");
-     }
-   }
-   __syncwarp();  // all lanes have read what comes to be overwritten
-   copy(stage, unit + kXStages * step_ < units_);
-   return now_;
- }
+      for (int h = 0; h < 2; ++h) {
+        uint4& v = now_[j][h];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(at(read_, stage, j, h))
+                     : "memory");
+      }
+    }
+    __syncwarp();  // all lanes have read what comes to be overwritten
+    copy(stage, unit + kXStages * step_ < units_);
+    return now_;
+  }
 
- private : __device__ __forceinline__ void copy(int stage, bool on) {
+ private:
+  __device__ __forceinline__ void copy(int stage, bool on) {
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
 #pragma unroll
@@ -112,6 +118,7 @@ class XThroughRing {
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
+
   static constexpr int kLine = 128, kEntry = 256;         // bytes
   static constexpr int kStage = kWarps * 8 * kFragments;  // lines
   static_assert(kXStages == 2 && kStage <= kXLines);
@@ -122,14 +129,14 @@ class XThroughRing {
   __device__ __forceinline__ uint32_t at(uint32_t address, int stage, int j, int h) const {
     address ^= h * 64;
     if (stage == 0) return address + j * (8 * kEntry);
-    return 2 * kStage > kXLines ? address + second_ + j * kLine : address + (kStage + j * 8) * kEntry;
+    return kXStages * kStage > kXLines ? address + second_ + j * kLine : address + (kStage + j * 8) * kEntry;
   }
 
   int units_, step_;
   uint32_t copied_, read_, second_;  // the last one: from a line of the first stage to that of the second
   const uint16_t* from_[kFragments];
   bool has_row_[kFragments];
-  uint4 now_[kFragments][2];
+  Fragments<kFragments> now_;
 };
 
 }  // namespace flute::sm80
