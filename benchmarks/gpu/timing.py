@@ -10,8 +10,15 @@ import torch
 
 __all__ = ["Replays", "copy_bandwidth", "in_turns", "microseconds"]
 
-_WARM_UP, _WARM_UP_OF_IDLE = 5e3, 60e3
-"""Microseconds of replays before the first that counts. A GPU that idled comes back to its clocks slowly."""
+_WARM_UP, _WARM_UP_OF_LONG, _WARM_UP_OF_IDLE = 5e3, 25e3, 60e3
+"""Microseconds of replays before the first that counts.
+
+A GPU that idled comes back to its clocks slowly, and one that long calls bring to its limit of power forgets
+slowly who was before.
+"""
+
+_LONG = 100
+"""Microseconds from which a call is long."""
 
 _IDLE = 0.1
 """Seconds without a measurement after which a GPU has idled."""
@@ -29,6 +36,7 @@ class Replays:
 
     def __init__(self, call: Callable[[int], object], copies: int) -> None:
         once = _roughly(call, copies)
+        self._warm_up = _WARM_UP_OF_LONG if once > _LONG else _WARM_UP
         calls = max(copies, min(64, int(600 / once)))
         self._calls = -(-calls // copies) * copies
         stream = torch.cuda.Stream()
@@ -50,7 +58,7 @@ class Replays:
             most: replays.
         """
         global _last
-        spent, warm_up = 0.0, _WARM_UP if time.monotonic() - _last < _IDLE else _WARM_UP_OF_IDLE
+        spent, warm_up = 0.0, self._warm_up if time.monotonic() - _last < _IDLE else _WARM_UP_OF_IDLE
         while spent < warm_up:
             spent += _elapsed(self._graph.replay)
         times: list[float] = []
