@@ -55,7 +55,7 @@ def main() -> None:
             ],
         }
     if options.save:
-        record.save("cpu-linears", figures)
+        record.save("cpu-linears", figures, options.tag)
 
 
 def single(shape: Sequence[int], m: int, rounds: int) -> list[dict[str, Any]]:

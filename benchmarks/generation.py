@@ -61,7 +61,7 @@ def main() -> None:
     for name, speed in speeds.items():
         print(f"{name:16}{speed:9.1f}{speed / speeds['bf16']:9.2f}{speed / speeds['fp32']:9.2f}")
     if options.save:
-        record.save("cpu-generation", {"tokens_per_second": speeds})
+        record.save("cpu-generation", {"tokens_per_second": speeds}, options.tag)
 
 
 def check(model: Any, dense: Any, prompt: torch.Tensor) -> None:

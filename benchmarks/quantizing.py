@@ -69,7 +69,11 @@ def main() -> None:
     if options.save:
         setting = {"model": options.model, "layers": options.layers, "of_layers": every}
         size = {"layer_gigabytes": round(layer * 2 / 1e9, 3)}
-        record.save(f"quantizing-{options.model.lower()}-{options.device}", {**setting, **size, "ways": rows})
+        record.save(
+            f"quantizing-{options.model.lower()}-{options.device}",
+            {**setting, **size, "ways": rows},
+            options.tag,
+        )
 
 
 def _alone(source: Path, way: str, device: str, tokens: str) -> dict[str, Any]:

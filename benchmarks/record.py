@@ -56,12 +56,13 @@ def _versions() -> dict[str, str]:
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """The option that :func:`save` obeys."""
+    """Options: whether to call :func:`save`, and with which tag."""
     parser.add_argument("--save", action="store_true", help="keep the figures in benchmarks/results/")
+    parser.add_argument("--tag", default="", help="for the name of that file, such as h100")
 
 
-def save(name: str, figures: Any) -> None:
-    """Write ``figures`` with machine, versions and date to ``benchmarks/results/<name>-<date>.json``."""
+def save(name: str, figures: Any, tag: str = "") -> None:
+    """Write ``figures``, machine, versions and date to ``benchmarks/results/<name>[-<tag>]-<date>.json``."""
     date = dt.datetime.now(tz=dt.timezone.utc).date().isoformat()
     record = {
         "date": date,
@@ -73,7 +74,7 @@ def save(name: str, figures: Any) -> None:
         "figures": figures,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{date}.json"
+    path = RESULTS / f"{'-'.join(filter(None, (name, tag, date)))}.json"
     text = json.dumps(record, indent=1)
     lines = re.sub(r"\{[^{}]*\}", lambda inner: " ".join(inner[0].split()), text)  # a figure, a line
     path.write_text(lines + "\n", encoding="utf-8")

@@ -57,7 +57,7 @@ def main() -> None:
         for figure in compare(Mixture(**layer), bits, options.group_size, DTYPES[dtype], tokens)
     ]
     if options.save:
-        record.save("gpu-experts", {"times": figures})
+        record.save("gpu-experts", {"times": figures}, options.tag)
 
 
 def compare(

@@ -54,7 +54,7 @@ def main() -> None:
                 problem = Problem(n, k, bits, options.group_size, DTYPES[dtype])
                 figures += compare(problem, rows, options.sides.split(","), bandwidth)
                 if options.save:  # each time, since a run takes many minutes
-                    record.save("gpu-linears", {"bandwidth_tb_s": bandwidth, "times": figures})
+                    record.save("gpu-linears", {"bandwidth_tb_s": bandwidth, "times": figures}, options.tag)
 
 
 def _numbers(text: str, separator: str) -> list[int]:

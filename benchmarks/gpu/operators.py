@@ -58,7 +58,7 @@ def main() -> None:
         "host": host(),
     }
     if options.save:
-        record.save("gpu-operators", figures)
+        record.save("gpu-operators", figures, options.tag)
 
 
 def made(n: int, k: int, bits: int, *, tables: int = 1, **options: Any) -> QuantizedLinear:

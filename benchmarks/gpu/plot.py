@@ -1,6 +1,6 @@
-"""Draws what linears.py saved: how many times faster than torch.mm, against the rows of x.
+"""Draws what linears.py saved, in one run or several: times faster than torch.mm, against the rows of x.
 
-python benchmarks/gpu/plot.py benchmarks/results/gpu-linears-DATE.json docs/gpu-linears.png
+python benchmarks/gpu/plot.py benchmarks/results/gpu-linears-*-DATE.json docs/gpu-linears.png
 """
 
 from __future__ import annotations
@@ -13,11 +13,21 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 
-def main(source: Path, target: Path) -> None:
-    """One panel a shape, one line a side and number of bits; float16."""
-    record = json.loads(source.read_text(encoding="utf-8"))
-    times = [t for t in record["figures"]["times"] if t["dtype"] == "float16" and t["x_torch"]]
-    shapes = list(dict.fromkeys((t["n"], t["k"]) for t in times))
+def main(sources: list[Path], target: Path) -> None:
+    """One panel a shape, one line a side and number of bits; float16; the last run's figures."""
+    records = [json.loads(source.read_text(encoding="utf-8")) for source in sources]
+    gpus = " and ".join(dict.fromkeys(record["gpu"] for record in records))
+    dates = " and ".join(dict.fromkeys(record["date"] for record in records))
+    latest = {
+        (t["n"], t["k"], t["side"], t["bits"], t["m"]): t
+        for record in records
+        for t in record["figures"]["times"]
+        if t["dtype"] == "float16" and t["x_torch"]
+    }
+    times = [
+        latest[key] for key in sorted(latest, key=lambda key: (key[2] != "FLUTE", key[2], -key[3], key[4]))
+    ]
+    shapes = list(dict.fromkeys((t["n"], t["k"]) for record in records for t in record["figures"]["times"]))
     figure, panels = plt.subplots(
         2, -(-len(shapes) // 2), figsize=(13, 7), sharex=True, sharey=True, squeeze=False
     )
@@ -27,7 +37,7 @@ def main(source: Path, target: Path) -> None:
     panels.flat[0].legend(fontsize=7)
     figure.supxlabel("rows of x")
     figure.supylabel("times faster than torch.mm in float16")
-    figure.suptitle(f"{record['gpu']}, {record['date']}", fontsize=10)
+    figure.suptitle(f"{gpus}, {dates}", fontsize=10)
     figure.tight_layout()
     figure.savefig(target, dpi=110)
 
@@ -50,4 +60,4 @@ def draw(panel: Any, times: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main([Path(source) for source in sys.argv[1:-1]], Path(sys.argv[-1]))

@@ -60,7 +60,7 @@ def main() -> None:
         print(f"{side}: {figure} in {time.perf_counter() - begin:.0f} s", flush=True)
         if options.save:
             setting = {"model": options.model, "tensor_parallel": options.tensor_parallel}
-            record.save(name, {**setting, "milliseconds": figures})
+            record.save(name, {**setting, "milliseconds": figures}, options.tag)
     show(options.model, figures)
 
 

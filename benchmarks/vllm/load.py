@@ -63,7 +63,7 @@ def main() -> None:
                     print(json.dumps(rows[-1]), flush=True)
         if options.save:
             setting = {"model": options.model, "prompt": options.prompt, "answer": options.answer}
-            record.save("vllm-load", {**setting, "loads": rows})
+            record.save("vllm-load", {**setting, "loads": rows}, options.tag)
 
 
 @contextlib.contextmanager

@@ -59,7 +59,7 @@ def main() -> None:
     print(f"{more:.1f} s more for {layers} of {every} layers, {more * every / layers:.1f} s for all")
     if options.save:
         rows = [{"side": side, **figure} for side, figure in figures.items()]
-        record.save("vllm-load-time", {**result, "sides": rows})
+        record.save("vllm-load-time", {**result, "sides": rows}, options.tag)
 
 
 def load(folder: Path, options: dict[str, Any]) -> dict[str, float]:
