@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from dataclasses import dataclass, field
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from flute_kernels import LutWeight, QuantizedLinear, QuantSpec
 
 from .helpers import GROUP_SIZES, dense_weight
+
+BLOCKS = 50 if os.environ.get("FLUTE_LONG_TESTS") == "1" else 1
+"""Of random cases; each is a test."""
 
 
 @dataclass
@@ -80,3 +84,57 @@ class Case:
         x = x[:, self.strided : self.strided + k] if self.strided else x  # 2 or 4 bytes off, wider rows
         bias = None if self.bias_dtype is None else normal(n).to(self.bias_dtype)
         return Product(LutWeight.from_linear(stored), x, bias, dense)
+
+
+@dataclass
+class Mixture:
+    """Products of a mixture of experts, from ``seed`` alone: rows of x by expert, then nobody's."""
+
+    seed: int
+    spec: QuantSpec = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    counts: list[int] = field(init=False)
+    rest: int = field(init=False)
+    n: int = field(init=False)
+    k: int = field(init=False)
+    tables: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        draw = random.Random(self.seed)
+        bits, p, group = draw.choice((2, 3, 4)), draw.choice((1, 2)), draw.choice(GROUP_SIZES)
+        self.spec = QuantSpec(bits=bits, vector_size=p, group_size=group)
+        self.dtype = draw.choice((torch.float16, torch.bfloat16))
+        experts, most = draw.choice((1, 3, 8, 40)), draw.choice((2, 20, 70, 140, 300))
+        self.counts = [draw.choice((0, draw.randint(0, most), draw.randint(0, most))) for _ in range(experts)]
+        self.rest = draw.choice((0, 0, 5))
+        self.n = 32 * draw.randint(1, draw.choice((4, 20)))
+        self.k = max(group, 32) * draw.randint(1, max(1, draw.choice((512, 1500)) // max(group, 32)))
+        self.tables = draw.choice((1, experts, 2 * experts))
+
+    def error(self) -> float:
+        """The largest relative error of an expert; infinite if rows that are nobody's are not zeros."""
+        generator = torch.Generator("cuda").manual_seed(self.seed)
+        spec, rows = self.spec, len(self.counts) * self.n
+        codes = torch.randint(
+            0, spec.table_entries, (rows, self.k // spec.vector_size), generator=generator, device="cuda"
+        )
+        scales = torch.randn(rows, self.k // spec.group_size_for(self.k), generator=generator, device="cuda")
+        scales = (scales * 0.1).half()
+        codebook = torch.randn(
+            self.tables, spec.table_entries, spec.vector_size, generator=generator, device="cuda"
+        ).half()
+        weight = LutWeight.from_linear(QuantizedLinear.from_codes(codes, scales, codebook, spec))
+        m = sum(self.counts)
+        x = torch.randn(m + self.rest, self.k, generator=generator, device="cuda").to(self.dtype)
+        x[m:] = float("nan")
+        counts = torch.tensor(self.counts, dtype=torch.int32, device="cuda")
+        out = weight.linear_grouped(x, counts)
+        dense = dense_weight(codes, scales, codebook).double().unflatten(0, (len(self.counts), -1))
+        errors = [
+            Product(weight, of, None, matrix).relative_error(result)
+            for of, matrix, result in zip(
+                x[:m].split(self.counts), dense, out[:m].split(self.counts), strict=True
+            )
+            if len(of)
+        ]
+        return max(errors, default=0.0) if (out[m:] == 0).all() else float("inf")

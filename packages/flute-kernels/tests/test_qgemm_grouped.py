@@ -13,10 +13,12 @@ from torch.autograd import forward_ad
 from flute_kernels import FormatError, LutWeight, QuantSpec, UnsupportedError, dequantize, qgemm_grouped
 from flute_kernels.cuda.grouped import multiply_grouped
 
+from .cuda_cases import BLOCKS, Mixture
 from .helpers import (
     BITS_AND_VECTORS,
     DTYPES,
     GROUP_SIZES,
+    TOLERANCE,
     Layer,
     assert_near,
     operands,
@@ -290,6 +292,13 @@ FEW, MANY = 48, 336
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:x is float32")
 class TestOnGpu:
+    @pytest.mark.parametrize("block", range(BLOCKS), ids="{:02}".format)
+    def test_random_mixtures(self, poisoned: None, block: int) -> None:
+        """Bits, groups, vectors, tables, dtypes, shapes, and who has how many rows, drawn at random."""
+        cases = [Mixture(seed) for seed in range(100 * block, 100 * (block + 1))]
+        failures = [(error, c) for c in cases if not (error := c.error()) <= TOLERANCE[c.dtype]]
+        assert not failures, f"{len(failures)} of {len(cases)}: {failures[:5]}"
+
     @pytest.mark.parametrize("n", [64, 384])
     @pytest.mark.parametrize("tables", [1, EXPERTS, 2 * EXPERTS], ids="{} tables".format)
     @pytest.mark.parametrize("group_size", GROUP_SIZES)
