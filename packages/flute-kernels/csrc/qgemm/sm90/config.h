@@ -36,10 +36,14 @@ FLUTE_BOTH constexpr bool scales_weights(const Config& c) {
 FLUTE_BOTH constexpr bool shares_registers(const Config& c) {
   return c.columns * c.slabs >= 96 || (c.warpgroups == 4 && c.columns >= 48);
 }
-// Of a mixture of experts, whose last columns are few as often as many, wide blocks have a narrow main loop, too, for
-// up to so many columns; 0 without one.
-FLUTE_BOTH constexpr int few_columns(const Config& c) {
-  return c.grouped && c.columns >= 128 ? c.columns / 4 : 0;
+// Of a mixture, an expert's last columns are few as often as many. So wide blocks have a main loop for half of their
+// columns, too, and x is copied by halves. (With one for each quarter, registers spill.)
+FLUTE_BOTH constexpr bool has_halves(const Config& c) { return c.grouped && c.columns >= 128; }
+FLUTE_BOTH constexpr int box_columns(const Config& c) { return has_halves(c) ? c.columns / 2 : c.columns; }
+// Boxes that hold so many columns of x.
+FLUTE_BOTH constexpr int boxes(const Config& c, int columns) {
+  const int some = columns < c.columns ? columns : c.columns;
+  return (some + box_columns(c) - 1) / box_columns(c);
 }
 FLUTE_BOTH constexpr int threads(const Config& c) {
   return 128 * c.warpgroups + (shares_registers(c) ? 128 : 32);

@@ -102,8 +102,9 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
       arrive_out_of_step<2, kAll>();
     }
     if constexpr (kGrouped) schedule = Schedule(p, experts.divide(stages_in_all));
-    Filler<kBits, kGroup, kStages, tiles(kConfig), kColumns, decltype(ring), decltype(find_set)> filler(
-        ring, p, kStage, schedule, stages_in_all, find_set);
+    Filler<kBits, kGroup, kStages, kColumns, kWarpgroups, kSlabs, kGrouped, decltype(ring),
+           decltype(find_set)>
+        filler(ring, p, kStage, schedule, stages_in_all, find_set);
     if (elected) {
       filler.begin();
       filler.go_on();
@@ -152,35 +153,20 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     float sum[kSlabs][kFragments][4];
     pieces.begin_with(sum, begins_with_piece, schedule.number() + 1);
     constexpr bool kScalesWeights = scales_weights(kConfig);
-    const auto multiply = [&](auto columns, auto& sums) {
+    const auto multiply = [&](auto columns) {
       constexpr int kProduct = decltype(columns)::value;
       if constexpr (kScalesWeights) {
-        multiply_scaled_weights<T, S, kBits, kGroup, kColumns, kProduct>(sums, ring, codes, kStage, count,
+        multiply_scaled_weights<T, S, kBits, kGroup, kColumns, kProduct>(sum, ring, codes, kStage, count,
                                                                          leader);
       } else {
         multiply_and_scale_sums<T, S, kBits, kGroup, kColumns, kProduct>(
-            sums, ring, codes, kStage, p.group_shift, item.first, count, leader);
+            sum, ring, codes, kStage, p.group_shift, item.first, count, leader);
       }
     };
-    const auto multiply_all = [&] { multiply(std::integral_constant<int, kColumns>{}, sum); };
-    // Of an expert's last columns there are often few.
-    constexpr int kFew = few_columns(kConfig);
-    if constexpr (kFew == 0) {
-      multiply_all();
-    } else if (same_of_warp(set.end - set.column <= kFew)) {
-      float few[kSlabs][kFew / 8][4];
-      const auto copy = [](auto& to, const auto& from) {
-#pragma unroll
-        for (int i = 0; i < kSlabs * kFew / 2; ++i) {
-          const int slab = i / (kFew / 2), fragment = i / 4 % (kFew / 8);
-          to[slab][fragment][i % 4] = from[slab][fragment][i % 4];
-        }
-      };
-      copy(few, sum);
-      multiply(std::integral_constant<int, kFew>{}, few);
-      copy(sum, few);
+    if (has_halves(kConfig) && same_of_warp(set.end - set.column <= box_columns(kConfig))) {
+      multiply(std::integral_constant<int, box_columns(kConfig)>{});
     } else {
-      multiply_all();
+      multiply(std::integral_constant<int, kColumns>{});
     }
 
     wait_for_predecessor();

@@ -11,7 +11,7 @@
 namespace flute::sm90 {
 
 template <class T, class S, int kBits, int kGroup, int kColumns, int kProduct, int kSlabs, class Ring>
-__device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kProduct / 8][4], Ring& ring,
+__device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kColumns / 8][4], Ring& ring,
                                                         Codes<kBits, kGroup, kSlabs>& codes,
                                                         const Stage stage, int group_shift, int first,
                                                         int count, bool leader) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kPr
 #pragma unroll
       for (int c = 0; c < 4; ++c) sum[r][j][c] = fmaf(c < 2 ? s.x : s.y, part[r][j][c], sum[r][j][c]);
     }
-    hold(sum[r]);
+    hold(first_of<kFragments>(sum[r]));
   };
 
   // Sums of groups of 128 and more begin and end with stages, every one or every few of them.

@@ -35,7 +35,7 @@ struct RowScales<T, T> {
 };
 
 template <class T, class S, int kBits, int kGroup, int kColumns, int kProduct, int kSlabs, class Ring>
-__device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kProduct / 8][4], Ring& ring,
+__device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kColumns / 8][4], Ring& ring,
                                                         Codes<kBits, kGroup, kSlabs>& codes,
                                                         const Stage stage, int count, bool leader) {
   constexpr int kUnits = stage_units({kColumns, 0, 0, 0}), kScales = Codes<kBits, kGroup, kSlabs>::kScales;
@@ -47,7 +47,7 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kPr
   ring.wait_full();
   codes.load(stage, ring.data(), 0);
 #pragma unroll
-  for (int r = 0; r < kSlabs; ++r) hold(sum[r]);
+  for (int r = 0; r < kSlabs; ++r) hold(first_of<kProduct / 8>(sum[r]));
   while (left > 0) {
 #pragma unroll
     for (int turn = 0; turn < kTurn; ++turn) {
@@ -96,8 +96,8 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kPr
           for (int h = 0; h < 2; ++h) {
 #pragma unroll
             for (int q = 0; q < 2; ++q)
-              Product<T, kProduct>::run(sum[r], now[h][q], x + u * (kColumns * 128 / 16) + 2 * (2 * h + q),
-                                        true);
+              Product<T, kProduct>::run(first_of<kProduct / 8>(sum[r]), now[h][q],
+                                        x + u * (kColumns * 128 / 16) + 2 * (2 * h + q), true);
           }
           products_end();
         }
@@ -109,7 +109,7 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kPr
   ring.leave(running_empty, leader);
   ring.advance();
 #pragma unroll
-  for (int r = 0; r < kSlabs; ++r) hold(sum[r]);
+  for (int r = 0; r < kSlabs; ++r) hold(first_of<kProduct / 8>(sum[r]));
 }
 
 }  // namespace flute::sm90
