@@ -43,7 +43,7 @@ namespace flute::layout {
 constexpr int kTile = 16;  // rows
 constexpr int kUnit = 64;  // weights along K
 
-constexpr int kTableBytes = 256 * 256;  // in shared memory: lookup.cuh
+constexpr int kEntryBytes = 256, kTableBytes = 256 * kEntryBytes;  // in shared memory: lookup.cuh
 
 inline int64_t tiles(int64_t n) { return (n + kTile - 1) / kTile; }
 inline int64_t units(int64_t k) { return (k + kUnit - 1) / kUnit; }

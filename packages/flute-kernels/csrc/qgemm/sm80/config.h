@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/both.h"
 #include "qgemm/common/layout.h"
 
 namespace flute::sm80 {
@@ -30,13 +31,16 @@ constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 constexpr int kGroups[] = {32, 64};
 constexpr int kGroupCount = 2;
 
-// At 3 bits: units of x that a warp has in shared memory, and lines for a row's unit that the table has room for (x.cuh).
-constexpr int kXStages = 2, kXLines = layout::kTableBytes / 256;
+// Whether x comes through a ring in shared memory (x.cuh): how many units of a warp it holds, bytes of a row's unit, and how
+// many of these the table has room for.
+FLUTE_BOTH constexpr bool has_ring(int bits) { return bits == 3; }
+constexpr int kRingStages = 2, kLineBytes = 2 * layout::kUnit;
+constexpr int kFreeLines = layout::kTableBytes / layout::kEntryBytes;
 
 constexpr int shared_bytes(const Config& c, int bits) {
-  const int warps = c.warps_k * c.warps_n, lines = warps * c.columns;
-  const int main =
-      layout::kTableBytes + (bits == 3 && kXStages * lines > kXLines ? lines * layout::kUnit * 2 : 0);
+  const int warps = c.warps_k * c.warps_n, lines = warps * c.columns;  // of a stage of all warps' rings
+  const bool is_behind = has_ring(bits) && kRingStages * lines > kFreeLines;
+  const int main = layout::kTableBytes + (is_behind ? lines * kLineBytes : 0);
   const int sums = warps * c.tiles * (c.columns / 8) * 32 * 16;
   return sums > main ? sums : main;
 }

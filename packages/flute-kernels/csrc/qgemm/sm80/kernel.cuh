@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     wait_for_predecessor();
   }
 
-  using X = std::conditional_t<kBits == 3, XThroughRing<kFragments, kThreads / 32>, XInRegisters<kFragments>>;
+  using X =
+      std::conditional_t<has_ring(kBits), XThroughRing<kFragments, kThreads / 32>, XInRegisters<kFragments>>;
   X x(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), p.units, kWarpsK);
 #pragma unroll
   for (int j = 0; j < kFragments; ++j) {
@@ -146,8 +147,7 @@ __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
   float sum[kTiles][kFragments][4] = {};
 
   constexpr int kUnrolled = kDepth > 2 ? kDepth : 2;
-  static_assert(kUnrolled % kDepth == 0 && kUnrolled % 2 == 0 &&
-                kXStages == 2);  // codes; two sets of x in turn
+  static_assert(kUnrolled % kDepth == 0 && kUnrolled % 2 == 0);  // codes; two sets or stages of x in turn
   for (int first = warp_k; first < p.units; first += kUnrolled * kWarpsK) {
 #pragma unroll
     for (int l = 0; l < kUnrolled; ++l) {

@@ -67,10 +67,10 @@ class XThroughRing {
  public:
   __device__ __forceinline__ XThroughRing(uint32_t table, int units, int step) : units_(units), step_(step) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const uint32_t ring = table + kLine + warp * (8 * kFragments * kEntry);
+    const uint32_t ring = table + kLineBytes + warp * (8 * kFragments * layout::kEntryBytes);
     copied_ = ring + place(lane / 4, lane % 4);
     read_ = ring + place(lane % 8, lane / 8);
-    second_ = layout::kTableBytes - kLine - warp * (8 * kFragments * kLine);
+    second_ = layout::kTableBytes - kLineBytes - warp * (8 * kFragments * kLineBytes);
   }
 
   __device__ __forceinline__ void set_row(int j, const uint16_t* row, bool has_row) {
@@ -78,7 +78,7 @@ class XThroughRing {
     has_row_[j] = has_row;
     if (has_row) return;
 #pragma unroll
-    for (int i = 0; i < 2 * kXStages; ++i) {
+    for (int i = 0; i < 2 * kRingStages; ++i) {
       asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at(copied_, i / 2, j, i % 2)), "r"(0)
                    : "memory");
     }
@@ -86,11 +86,11 @@ class XThroughRing {
 
   __device__ __forceinline__ void begin(int unit) {
 #pragma unroll
-    for (int stage = 0; stage < kXStages; ++stage) copy(stage, unit + stage * step_ < units_);
+    for (int stage = 0; stage < kRingStages; ++stage) copy(stage, unit + stage * step_ < units_);
   }
 
   __device__ __forceinline__ const Fragments<kFragments>& take(int stage, int unit) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kXStages - 1) : "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(kRingStages - 1) : "memory");
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < kFragments; ++j) {
@@ -104,7 +104,7 @@ class XThroughRing {
       }
     }
     __syncwarp();  // all lanes have read what comes to be overwritten
-    copy(stage, unit + kXStages * step_ < units_);
+    copy(stage, unit + kRingStages * step_ < units_);
     return now_;
   }
 
@@ -119,17 +119,17 @@ class XThroughRing {
     asm volatile("cp.async.commit_group;" ::: "memory");
   }
 
-  static constexpr int kLine = 128, kEntry = 256;         // bytes
   static constexpr int kStage = kWarps * 8 * kFragments;  // lines
-  static_assert(kXStages == 2 && kStage <= kXLines);
+  static_assert(kRingStages == 2 && kStage <= kFreeLines);
 
   __device__ __forceinline__ static int place(int g, int piece) {
-    return g * kEntry + (piece ^ (g % 2 * 4 + g / 2)) * 16;
+    return g * layout::kEntryBytes + (piece ^ (g % 2 * 4 + g / 2)) * 16;
   }
   __device__ __forceinline__ uint32_t at(uint32_t address, int stage, int j, int h) const {
     address ^= h * 64;
-    if (stage == 0) return address + j * (8 * kEntry);
-    return kXStages * kStage > kXLines ? address + second_ + j * kLine : address + (kStage + j * 8) * kEntry;
+    if (stage == 0) return address + j * (8 * layout::kEntryBytes);
+    return kRingStages * kStage > kFreeLines ? address + second_ + j * kLineBytes
+                                             : address + (kStage + j * 8) * layout::kEntryBytes;
   }
 
   int units_, step_;
