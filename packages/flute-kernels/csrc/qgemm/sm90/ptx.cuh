@@ -167,13 +167,6 @@ __device__ __forceinline__ void hold(float (&v)[kCount][4]) {
     asm volatile("" : "+f"(v[i][0]), "+f"(v[i][1]), "+f"(v[i][2]), "+f"(v[i][3])::"memory");
 }
 
-// The first of some fragments.
-template <int kCount, int kAll>
-__device__ __forceinline__ float (&first_of(float (&v)[kAll][4])) [kCount][4] {
-  static_assert(kCount <= kAll);
-  return reinterpret_cast<float (&)[kCount][4]>(v);
-}
-
 // Operands are complete here: what makes them may not sink to the products that use them.
 __device__ __forceinline__ void hold(uint32_t (&v)[4]) {
   asm volatile("" : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])::"memory");

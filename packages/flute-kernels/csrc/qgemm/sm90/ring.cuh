@@ -111,7 +111,7 @@ class Filler {
     codes_ = reinterpret_cast<const char*>(p_.codes) + int64_t{group.tile} * kTileCodes;
     scales_ = reinterpret_cast<const char*>(p_.scales) + int64_t{group.tile} * kTileScales;
     column_ = set.column;
-    boxes_ = (min(set.end - set.column, kColumns) + kBox - 1) / kBox;
+    boxes_ = width_for({kColumns, kWarpgroups, kSlabs, kGrouped}, set.end - set.column) / kBox;
     number_ = item.first, left_ = item.count;
   }
 
