@@ -13,9 +13,16 @@ RTX_4090 = (128, 100 * 1024)
 
 
 def plan(
-    n: int, k: int, m: int, *, bits: int = 4, tables: int = 1, gpu: tuple[int, int] = H100
+    n: int,
+    k: int,
+    m: int,
+    *,
+    bits: int = 4,
+    tables: int = 1,
+    gpu: tuple[int, int] = H100,
+    experts: int = 0,
 ) -> dict[str, int]:
-    return _C.plan_sm80(n, k, bits, min(128, k), tables, m, *gpu)
+    return _C.plan_sm80(n, k, bits, min(128, k), tables, m, *gpu, experts)
 
 
 @given(
@@ -52,13 +59,38 @@ def test_common_shapes_fill_the_gpu_in_one_wave() -> None:
             assert 100 <= p["row_blocks"] * p["column_blocks"] <= 132, (n, k, m, p)
 
 
+@given(
+    tiles=st.integers(1, 300),
+    k=st.integers(1, 300).map(lambda i: 32 * i),
+    m=st.integers(1, 4096),
+    experts=st.integers(1, 200),
+    bits=st.sampled_from((2, 3, 4)),
+    gpu=st.sampled_from((A100, H100, RTX_4090)),
+)
+def test_mixtures_have_blocks_for_any_counts(
+    tiles: int, k: int, m: int, experts: int, bits: int, gpu: tuple[int, int]
+) -> None:
+    p = plan(16 * tiles * experts, k, m, bits=bits, gpu=gpu, experts=experts)
+    assert p["blocks_per_table"] * p["tiles"] * p["warps_n"] >= tiles  # of an expert
+    most = min(experts, m)  # that have a row each, and one of them all others
+    assert p["column_blocks"] > most + (m - most) // p["columns"]  # one more, for rows that are nobody's
+    assert p["shared_bytes"] + 1024 <= gpu[1]
+
+
+def test_small_mixtures_have_small_blocks() -> None:
+    p = plan(128 * 2048, 768, 8, experts=128)
+    assert p["warps_k"] * p["warps_n"] == 4  # so that two kernels' blocks fit a multiprocessor
+    p = plan(8 * 4096, 14336, 2, experts=8)
+    assert p["warps_k"] * p["warps_n"] == 8  # a large weight has more to gain from warps
+
+
 # --- sm90 -------------------------------------------------------------------------------------------
 
 
 def plan90(
-    n: int, k: int, m: int, *, bits: int = 4, tables: int = 1, multiprocessors: int = 132
+    n: int, k: int, m: int, *, bits: int = 4, tables: int = 1, multiprocessors: int = 132, experts: int = 0
 ) -> dict[str, int]:
-    return _C.plan_sm90(n, k, bits, min(128, k), tables, m, multiprocessors)
+    return _C.plan_sm90(n, k, bits, min(128, k), tables, m, multiprocessors, experts)
 
 
 @given(
@@ -126,6 +158,12 @@ def test_hopper_many_sets_are_shared_so_that_all_blocks_end_together() -> None:
     p = plan90(57344, 8192, 64)
     assert (p["blocks"], p["parts"]) == (132, 1)
     assert p["waves"] == p["groups"] // 132 - 1  # the rest, between one and two sets a block, is divided
+
+
+def test_hopper_columns_suit_the_rows_of_an_expert() -> None:
+    columns = {8: 32, 16: 32, 32: 64, 64: 128, 1024: 256}  # wide ones have loops for fewer columns
+    for rows, expected in columns.items():
+        assert plan90(128 * 1536, 2048, 128 * rows, experts=128)["columns"] == expected, rows
 
 
 def test_hopper_workspace_stays_small() -> None:

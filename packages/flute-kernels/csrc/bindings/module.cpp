@@ -226,11 +226,13 @@ void unpack_cuda(uintptr_t codes, uintptr_t qweight, int64_t n, int64_t k, int b
 std::string refusal_of_gpu(int device) { return check_gpu(device).refusal; }
 
 // What the sm80 room would launch on a GPU with these numbers: configuration and blocks. For tests and
-// for understanding a time; needs no GPU.
+// for understanding a time; needs no GPU. Of a mixture with so many experts, n is the rows of all; 0: it is none.
 nb::dict plan_sm80(int64_t n, int64_t k, int bits, int64_t group, int64_t tables, int64_t m,
-                   int multiprocessors, int shared_bytes) {
+                   int multiprocessors, int shared_bytes, int64_t experts) {
   const QWeight weight = make_weight(0, 0, 1, 0, 0, tables, n, k, bits, 1, group);
-  const sm80::Plan plan = sm80::make_plan(weight, m, {0, 80, multiprocessors, shared_bytes});
+  const Gpu gpu{0, 80, multiprocessors, shared_bytes};
+  const sm80::Plan plan =
+      experts == 0 ? sm80::make_plan(weight, m, gpu) : sm80::make_grouped_plan(weight, m, experts, gpu);
   const sm80::Config& config = sm80::kConfigs[plan.config];
   nb::dict out;
   out["columns"] = config.columns;
@@ -247,9 +249,11 @@ nb::dict plan_sm80(int64_t n, int64_t k, int bits, int64_t group, int64_t tables
 
 // The same of the sm90 room; empty where it does not serve the problem.
 nb::dict plan_sm90(int64_t n, int64_t k, int bits, int64_t group, int64_t tables, int64_t m,
-                   int multiprocessors) {
+                   int multiprocessors, int64_t experts) {
   const QWeight weight = make_weight(0, 0, 1, 0, 0, tables, n, k, bits, 1, group);
-  const sm90::Plan plan = sm90::make_plan(weight, m, {0, 90, multiprocessors, 0});
+  const Gpu gpu{0, 90, multiprocessors, 0};
+  const sm90::Plan plan =
+      experts == 0 ? sm90::make_plan(weight, m, gpu) : sm90::make_grouped_plan(weight, m, experts, gpu);
   nb::dict out;
   if (plan.config < 0) return out;
   out["columns"] = sm90::kConfigs[plan.config].columns;

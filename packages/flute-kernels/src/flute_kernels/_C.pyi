@@ -96,10 +96,18 @@ def pack_cuda(qweight: int, codes: int, n: int, k: int, bits: int, device: int, 
 def unpack_cuda(codes: int, qweight: int, n: int, k: int, bits: int, device: int, stream: int) -> None: ...
 def refusal_of_gpu(device: int) -> str: ...
 def plan_sm80(
-    n: int, k: int, bits: int, group: int, tables: int, m: int, multiprocessors: int, shared_bytes: int
+    n: int,
+    k: int,
+    bits: int,
+    group: int,
+    tables: int,
+    m: int,
+    multiprocessors: int,
+    shared_bytes: int,
+    experts: int,
 ) -> dict[str, int]: ...
 def plan_sm90(
-    n: int, k: int, bits: int, group: int, tables: int, m: int, multiprocessors: int
+    n: int, k: int, bits: int, group: int, tables: int, m: int, multiprocessors: int, experts: int
 ) -> dict[str, int]: ...
 def launch_early(early: bool) -> None: ...
 def advise_huge_pages(begin: int, bytes: int) -> None: ...

@@ -26,20 +26,27 @@ constexpr int kConfigCount = sizeof(kConfigs) / sizeof(kConfigs[0]);
 
 FLUTE_BOTH constexpr int rows(const Config& c) { return 64 * c.warpgroups * c.slabs; }
 FLUTE_BOTH constexpr int tiles(const Config& c) { return 4 * c.warpgroups * c.slabs; }
+// Of a mixture, an expert's last columns are few as often as many. So wide blocks have a main loop for each quarter of
+// their columns; but at 256 columns none for three, as with that, too, the compiler would let products wait for each
+// other. x is copied by quarters.
+FLUTE_BOTH constexpr bool has_widths(const Config& c) { return c.grouped && c.columns >= 128; }
+FLUTE_BOTH constexpr bool has_three_quarters(const Config& c) { return has_widths(c) && c.columns == 128; }
+FLUTE_BOTH constexpr int box_columns(const Config& c) { return has_widths(c) ? c.columns / 4 : c.columns; }
+// Columns that a block multiplies where so many are left.
+FLUTE_BOTH constexpr int width_for(const Config& c, int left) {
+  const int quarter = c.columns / 4;
+  if (!has_widths(c) || left > (has_three_quarters(c) ? 3 : 2) * quarter) return c.columns;
+  return (left + quarter - 1) / quarter * quarter;
+}
 // Wide blocks multiply weights by their scales, narrow ones sums: a sum that waits for its scale takes a register
 // more, and the wide ones' registers are full of sums.
 FLUTE_BOTH constexpr bool scales_weights(const Config& c) {
-  return c.columns * c.slabs > (c.warpgroups == 3 ? 64 : 128);
+  return c.columns * c.slabs > (c.warpgroups == 3 || has_widths(c) ? 64 : 128);
 }
 // Where sums need more than the registers that a thread can have at the launch (168 of two warpgroups and a warp, 152 of
 // three, 96 of four), the warp that copies has a warpgroup around it, which leaves the others its registers.
 FLUTE_BOTH constexpr bool shares_registers(const Config& c) {
   return c.columns * c.slabs >= 96 || (c.warpgroups == 4 && c.columns >= 48);
-}
-// Of a mixture of experts, whose last columns are few as often as many, wide blocks have a narrow main loop, too, for
-// up to so many columns; 0 without one.
-FLUTE_BOTH constexpr int few_columns(const Config& c) {
-  return c.grouped && c.columns >= 128 ? c.columns / 4 : 0;
 }
 FLUTE_BOTH constexpr int threads(const Config& c) {
   return 128 * c.warpgroups + (shares_registers(c) ? 128 : 32);

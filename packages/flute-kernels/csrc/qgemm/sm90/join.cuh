@@ -55,29 +55,34 @@ __device__ __forceinline__ void join_in_cluster(const Params& p, const float (&s
 // words before: they are of 64 bits, and tokens come from a generator whose numbers do not repeat and mean nothing
 // elsewhere, so that what lay there before is not one. Only a CUDA graph launches with the same token again; so whoever
 // has read a piece clears its word.
-template <int kThreads, int kSlabs, int kFragments>
+//
+// kMost: fragments that a piece has at most.
+template <int kThreads, int kMost>
 class Pieces {
  public:
-  using Sums = float[kSlabs][kFragments][4];
-
   __device__ __forceinline__ explicit Pieces(const Params& p) : p_(p), lane_(threadIdx.x % 32) {}
 
   // For one block that will join it.
-  __device__ __forceinline__ void write(const Sums& sum, int block) const {
+  template <int kSlabs, int kFragments>
+  __device__ __forceinline__ void write(const float (&sum)[kSlabs][kFragments][4], int block) const {
     store(sum, block);
     if (lane_ == 0) publish(word(block, 0), p_.token);
   }
 
   // The piece, or, where there is none to begin with, zeros. All at once, into the registers where they stay.
-  __device__ __forceinline__ void begin_with(Sums& sum, bool has_piece, int block) const {
+  template <int kSlabs, int kFragments>
+  __device__ __forceinline__ void begin_with(float (&sum)[kSlabs][kFragments][4], bool has_piece,
+                                             int block) const {
     if (has_piece) wait(lane_ == 0, word(block, 0));
 #pragma unroll
-    for (int f = 0; f < kCount; ++f)
+    for (int f = 0; f < kSlabs * kFragments; ++f)
       load_or_zero(sum[f / kFragments][f % kFragments], at(block, f), has_piece);
   }
 
   // Those of blocks first to last, in this order.
-  __device__ __forceinline__ void add(Sums& sum, int first, int last) const {
+  template <int kSlabs, int kFragments>
+  __device__ __forceinline__ void add(float (&sum)[kSlabs][kFragments][4], int first, int last) const {
+    constexpr int kCount = kSlabs * kFragments;
     constexpr int kAtOnce = kCount % 8 == 0   ? 8
                             : kCount % 6 == 0 ? 6
                                               : 4;  // loads under way, as registers allow
@@ -101,8 +106,10 @@ class Pieces {
 
   // For more than two parts: each block adds up, and writes, a share of the fragments. (With two, it takes longer to write
   // both pieces than to add up one.)
-  template <class T>
-  __device__ __forceinline__ void join(const Sums& sum, int block, const Place& place) const {
+  template <class T, int kSlabs, int kFragments>
+  __device__ __forceinline__ void join(const float (&sum)[kSlabs][kFragments][4], int block,
+                                       const Place& place) const {
+    constexpr int kCount = kSlabs * kFragments;
     const int parts = p_.division.parts, part = block % parts, first = block - part;
     store(sum, block);
     const bool has_other = lane_ < parts && lane_ != part;
@@ -140,18 +147,17 @@ class Pieces {
   }
 
  private:
-  static constexpr int kCount = kSlabs * kFragments;
-
   __device__ __forceinline__ float4* at(int block, int fragment) const {
-    return static_cast<float4*>(p_.pieces) + (int64_t{block} * kCount + fragment) * kThreads + threadIdx.x;
+    return static_cast<float4*>(p_.pieces) + (int64_t{block} * kMost + fragment) * kThreads + threadIdx.x;
   }
   // Of this warp's piece of a block, for part `reader` of the set, or, where pieces have one reader, for that.
   __device__ __forceinline__ uint64_t* word(int block, int reader) const {
     return p_.written + (block * p_.division.parts + reader) * (kThreads / 32) + threadIdx.x / 32;
   }
-  __device__ __forceinline__ void store(const Sums& sum, int block) const {
+  template <int kSlabs, int kFragments>
+  __device__ __forceinline__ void store(const float (&sum)[kSlabs][kFragments][4], int block) const {
 #pragma unroll
-    for (int f = 0; f < kCount; ++f) {
+    for (int f = 0; f < kSlabs * kFragments; ++f) {
       const float (&v)[4] = sum[f / kFragments][f % kFragments];
       *at(block, f) = make_float4(v[0], v[1], v[2], v[3]);
     }

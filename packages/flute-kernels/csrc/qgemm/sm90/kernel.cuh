@@ -67,9 +67,9 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     kernel(const __grid_constant__ Params p) {
   constexpr Config kConfig{kColumns, kWarpgroups, kSlabs, kGrouped};
   constexpr Stage kStage(kBits, kGroup, kConfig);
-  constexpr int kThreads = kWarpgroups * 128, kFragments = kColumns / 8;
+  constexpr int kThreads = kWarpgroups * 128;
   constexpr int kStages = stages(kStage, kConfig);
-  static_assert((kSlabs * kFragments + kMostOfCluster) * kThreads * 16 <=
+  static_assert((kSlabs * kColumns / 8 + kMostOfCluster) * kThreads * 16 <=
                 shared_bytes(kStage, kConfig));  // join_in_cluster
   constexpr int kWarps = kWarpgroups * 4;        // that multiply; the next one copies
   const int stages_in_all = p.stages.divisor;
@@ -102,8 +102,9 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
       arrive_out_of_step<2, kAll>();
     }
     if constexpr (kGrouped) schedule = Schedule(p, experts.divide(stages_in_all));
-    Filler<kBits, kGroup, kStages, tiles(kConfig), kColumns, decltype(ring), decltype(find_set)> filler(
-        ring, p, kStage, schedule, stages_in_all, find_set);
+    Filler<kBits, kGroup, kStages, kColumns, kWarpgroups, kSlabs, kGrouped, decltype(ring),
+           decltype(find_set)>
+        filler(ring, p, kStage, schedule, stages_in_all, find_set);
     if (elected) {
       filler.begin();
       filler.go_on();
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
   const int warp_tile = warp / 4 * (4 * kSlabs) + warp % 4;  // of the first slab
   const bool leader = kept(lane == 0);
   Codes<kBits, kGroup, kSlabs> codes(kStage, base, warp_tile, lane);
-  const Pieces<kThreads, kSlabs, kFragments> pieces(p);
+  const Pieces<kThreads, kSlabs * kColumns / 8> pieces(p);
   if constexpr (kGrouped) {
     wait_for_predecessor();
     if (warp == 0) experts.read_counts();
@@ -149,60 +150,48 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     const bool begins_with_piece = same_of_warp(item.joins && schedule.begins_joins());
     if (begins_with_piece) wait_for_predecessor();
     const int count = kGrouped ? same_of_warp(item.count) : item.count;
-    float sum[kSlabs][kFragments][4];
-    pieces.begin_with(sum, begins_with_piece, schedule.number() + 1);
     constexpr bool kScalesWeights = scales_weights(kConfig);
-    const auto multiply = [&](auto columns, auto& sums) {
+    // All of an item, with so many columns. (Accumulators that loops for several have in common would spill.)
+    const auto serve = [&](auto columns) {
       constexpr int kProduct = decltype(columns)::value;
+      float sum[kSlabs][kProduct / 8][4];
+      pieces.begin_with(sum, begins_with_piece, schedule.number() + 1);
       if constexpr (kScalesWeights) {
-        multiply_scaled_weights<T, S, kBits, kGroup, kColumns, kProduct>(sums, ring, codes, kStage, count,
-                                                                         leader);
+        multiply_scaled_weights<T, S, kBits, kGroup, kColumns>(sum, ring, codes, kStage, count, leader);
       } else {
-        multiply_and_scale_sums<T, S, kBits, kGroup, kColumns, kProduct>(
-            sums, ring, codes, kStage, p.group_shift, item.first, count, leader);
+        multiply_and_scale_sums<T, S, kBits, kGroup, kColumns>(sum, ring, codes, kStage, p.group_shift,
+                                                               item.first, count, leader);
       }
+      wait_for_predecessor();
+      const int above =
+          kGrouped ? group.tile / p.tiles_per_segment / p.segments_per_expert * p.n : 0;  // experts' rows
+      const Place place{(group.tile + warp_tile) * layout::kTile - above, group.first_row - above, set.column,
+                        set.end};
+      if constexpr (!kGrouped) {
+        if (p.is_cluster) return join_in_cluster<T, kThreads>(p, sum, schedule.part(), place, base);
+        if (p.division.parts > 2) return pieces.template join<T>(sum, schedule.number(), place);
+      }
+      if (same_of_warp(item.is_piece)) return pieces.write(sum, schedule.number());
+      if (same_of_warp(item.joins && !schedule.begins_joins()))
+        pieces.add(sum, schedule.number() + 1, schedule.last_piece(item));
+      write_set<T, kWarpgroups>(p, sum, place, base);
     };
-    const auto multiply_all = [&] { multiply(std::integral_constant<int, kColumns>{}, sum); };
-    // Of an expert's last columns there are often few.
-    constexpr int kFew = few_columns(kConfig);
-    if constexpr (kFew == 0) {
-      multiply_all();
-    } else if (same_of_warp(set.end - set.column <= kFew)) {
-      float few[kSlabs][kFew / 8][4];
-      const auto copy = [](auto& to, const auto& from) {
-#pragma unroll
-        for (int i = 0; i < kSlabs * kFew / 2; ++i) {
-          const int slab = i / (kFew / 2), fragment = i / 4 % (kFew / 8);
-          to[slab][fragment][i % 4] = from[slab][fragment][i % 4];
-        }
-      };
-      copy(few, sum);
-      multiply(std::integral_constant<int, kFew>{}, few);
-      copy(sum, few);
+    if constexpr (has_widths(kConfig)) {
+      constexpr int kQuarter = kColumns / 4;
+      const int width = same_of_warp(width_for(kConfig, set.end - set.column));
+      if (width == kQuarter) {
+        serve(std::integral_constant<int, kQuarter>{});
+      } else if (width == 2 * kQuarter) {
+        serve(std::integral_constant<int, 2 * kQuarter>{});
+      } else if (width == kColumns) {
+        serve(std::integral_constant<int, kColumns>{});
+      } else if constexpr (has_three_quarters(kConfig)) {
+        serve(std::integral_constant<int, 3 * kQuarter>{});
+      }
     } else {
-      multiply_all();
+      serve(std::integral_constant<int, kColumns>{});
+      if (!kGrouped && (p.is_cluster || p.division.parts > 2)) return;
     }
-
-    wait_for_predecessor();
-    const int above =
-        kGrouped ? group.tile / p.tiles_per_segment / p.segments_per_expert * p.n : 0;  // experts' rows
-    const Place place{(group.tile + warp_tile) * layout::kTile - above, group.first_row - above, set.column,
-                      set.end};
-    if (p.is_cluster) {
-      join_in_cluster<T, kThreads>(p, sum, schedule.part(), place, base);
-      return;
-    }
-    if (p.division.parts > 2) {
-      pieces.template join<T>(sum, schedule.number(), place);
-      return;
-    }
-    if (same_of_warp(item.is_piece)) {
-      pieces.write(sum, schedule.number());
-      continue;
-    }
-    if (same_of_warp(item.joins && !schedule.begins_joins()))
-      pieces.add(sum, schedule.number() + 1, schedule.last_piece(item));
-    write_set<T, kWarpgroups>(p, sum, place, base);
   }
   if constexpr (kGrouped) write_zeros<kThreads>(p, experts.rows() + blockIdx.x, gridDim.x);
 }

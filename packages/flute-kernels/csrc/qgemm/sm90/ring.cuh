@@ -58,7 +58,8 @@ class Ring {
 // By one thread: the stages of a block's items, one after the other; so those of the next item come while the warps
 // that multiply write the results of the one before. Where x ends, in rows or along K, the copy engine writes zeros; where
 // K ends inside a stage, the last unit's codes come twice.
-template <int kBits, int kGroup, int kStages, int kTiles, int kColumns, class Ring, class FindSet>
+template <int kBits, int kGroup, int kStages, int kColumns, int kWarpgroups, int kSlabs, int kGrouped,
+          class Ring, class FindSet>
 class Filler {
  public:
   __device__ __forceinline__ Filler(const Ring& ring, const Params& p, const Stage& stage,
@@ -98,6 +99,9 @@ class Filler {
   }
 
  private:
+  static constexpr int kTiles = tiles({kColumns, kWarpgroups, kSlabs, kGrouped});
+  static constexpr int kBox =
+      box_columns({kColumns, kWarpgroups, kSlabs, kGrouped});  // columns that a copy has
   static constexpr int kTileCodes = 128 * kBits, kTileScales = 32 * layout::scales_per_unit(kGroup);  // bytes
 
   __device__ __forceinline__ void next_item() {
@@ -107,11 +111,13 @@ class Filler {
     codes_ = reinterpret_cast<const char*>(p_.codes) + int64_t{group.tile} * kTileCodes;
     scales_ = reinterpret_cast<const char*>(p_.scales) + int64_t{group.tile} * kTileScales;
     column_ = set.column;
+    boxes_ = width_for({kColumns, kWarpgroups, kSlabs, kGrouped}, set.end - set.column) / kBox;
     number_ = item.first, left_ = item.count;
   }
 
   __device__ __forceinline__ void copy_weights(const Ring& ring, int number) const {
-    barrier_expect(ring.full(), stage_.used());
+    constexpr int kBoxes = kColumns / kBox;
+    barrier_expect(ring.full(), stage_.used() - stage_.units * (kBoxes - boxes_) * (kBox * 128));
     uint32_t to = ring.data() + stage_.x;
     const int unit = number * stage_.units;
 #pragma unroll
@@ -126,9 +132,14 @@ class Filler {
 
   __device__ __forceinline__ void copy_x(const Ring& ring, int number) const {
 #pragma unroll
-    for (int u = 0; u < stage_.units; ++u)
-      copy_box(ring.data() + u * (kColumns * 128), &p_.x, (number * stage_.units + u) * layout::kUnit,
-               column_, ring.full());
+    for (int u = 0; u < stage_.units; ++u) {
+      const int k = (number * stage_.units + u) * layout::kUnit;
+#pragma unroll
+      for (int i = 0; i < kColumns / kBox; ++i) {
+        if (i < boxes_)
+          copy_box(ring.data() + (u * kColumns + i * kBox) * 128, &p_.x, k, column_ + i * kBox, ring.full());
+      }
+    }
   }
 
   Ring ring_;
@@ -137,8 +148,8 @@ class Filler {
   Schedule schedule_;
   const int stages_in_all_;
   const FindSet& find_set_;
-  int number_ = 0, left_ = 0, column_ = 0;           // of the item: its next stage, and how many there are
-  const char *codes_ = nullptr, *scales_ = nullptr;  // of its group
+  int number_ = 0, left_ = 0, column_ = 0, boxes_ = 1;  // of the item: its next stage, and how many there are
+  const char *codes_ = nullptr, *scales_ = nullptr;     // of its group
 };
 
 }  // namespace flute::sm90

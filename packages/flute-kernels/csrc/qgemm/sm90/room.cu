@@ -76,7 +76,7 @@ Status launch(const QgemmProblem& p) {
   const Config& config = kConfigs[plan.config];
   char* const workspace = static_cast<char*>(p.workspace);
   Params params{};
-  if (Status status = make_map(p, config.columns, &params.x); !status.ok()) return status;
+  if (Status status = make_map(p, box_columns(config), &params.x); !status.ok()) return status;
   params.codes = static_cast<const uint32_t*>(w.codes);
   params.scales = static_cast<const uint32_t*>(w.scales);
   params.tables = w.tables;

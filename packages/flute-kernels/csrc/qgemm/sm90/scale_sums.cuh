@@ -2,20 +2,20 @@
 // few columns less work than to scale the weights.
 //
 // A step is the products of one slab and scale. It looks its weights up while the step before multiplies, waits for
-// that, adds to the totals what is whole, and starts its own products. kProduct: of the kColumns columns that a stage
-// has, those that are multiplied.
+// that, adds to the totals what is whole, and starts its own products. kColumns: those of a stage, of which
+// kFragments times eight are multiplied.
 #pragma once
 
 #include "qgemm/sm90/codes.cuh"
 
 namespace flute::sm90 {
 
-template <class T, class S, int kBits, int kGroup, int kColumns, int kProduct, int kSlabs, class Ring>
-__device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kProduct / 8][4], Ring& ring,
+template <class T, class S, int kBits, int kGroup, int kColumns, int kSlabs, int kFragments, class Ring>
+__device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kFragments][4], Ring& ring,
                                                         Codes<kBits, kGroup, kSlabs>& codes,
                                                         const Stage stage, int group_shift, int first,
                                                         int count, bool leader) {
-  constexpr int kFragments = kProduct / 8, kUnits = stage_units({kColumns, 0, 0, 0});
+  constexpr int kUnits = stage_units({kColumns, 0, 0, 0});
   constexpr int kSteps = Codes<kBits, kGroup, kSlabs>::kScales, kHalves = 2 / kSteps;
   float part[kSlabs][kFragments][4];
   uint32_t a[2][kHalves][2][4];
@@ -81,9 +81,9 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kPr
 #pragma unroll
             for (int q = 0; q < 2; ++q) {
               const bool begins = h == 0 && q == 0 && (kGroup < 128 || (u == 0 && fresh));
-              Product<T, kProduct>::run(part[r], now[h][q],
-                                        x + u * (kColumns * 128 / 16) + 2 * (2 * (s * kHalves + h) + q),
-                                        !begins);
+              Product<T, 8 * kFragments>::run(part[r], now[h][q],
+                                              x + u * (kColumns * 128 / 16) + 2 * (2 * (s * kHalves + h) + q),
+                                              !begins);
             }
           }
           products_end();

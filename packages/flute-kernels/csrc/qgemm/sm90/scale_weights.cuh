@@ -2,7 +2,7 @@
 // would be, and nothing but products on the sums.
 //
 // A step is a slab's unit. It looks its weights up and scales them while the step before multiplies, waits for that,
-// and starts its own products. kProduct: of the kColumns columns that a stage has, those that are multiplied.
+// and starts its own products. kColumns: those of a stage, of which kFragments times eight are multiplied.
 #pragma once
 
 #include "qgemm/sm90/codes.cuh"
@@ -34,8 +34,8 @@ struct RowScales<T, T> {
   }
 };
 
-template <class T, class S, int kBits, int kGroup, int kColumns, int kProduct, int kSlabs, class Ring>
-__device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kProduct / 8][4], Ring& ring,
+template <class T, class S, int kBits, int kGroup, int kColumns, int kSlabs, int kFragments, class Ring>
+__device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kFragments][4], Ring& ring,
                                                         Codes<kBits, kGroup, kSlabs>& codes,
                                                         const Stage stage, int count, bool leader) {
   constexpr int kUnits = stage_units({kColumns, 0, 0, 0}), kScales = Codes<kBits, kGroup, kSlabs>::kScales;
@@ -96,8 +96,8 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kPr
           for (int h = 0; h < 2; ++h) {
 #pragma unroll
             for (int q = 0; q < 2; ++q)
-              Product<T, kProduct>::run(sum[r], now[h][q], x + u * (kColumns * 128 / 16) + 2 * (2 * h + q),
-                                        true);
+              Product<T, 8 * kFragments>::run(sum[r], now[h][q],
+                                              x + u * (kColumns * 128 / 16) + 2 * (2 * h + q), true);
           }
           products_end();
         }
