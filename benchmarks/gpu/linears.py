@@ -75,7 +75,7 @@ def compare(p: Problem, rows: list[int], names: list[str], bandwidth: float) -> 
         x = p.x(m)
         ready: dict[str, Replays] = {}
         for name, side in sides.items():
-            if m <= side.most_rows:
+            if side.fewest_rows <= m <= side.most_rows:
                 with reported(name, title):
                     check_side(side, x)
                     ready[name] = Replays(lambda i, side=side, x=x: side.call(i, x), side.copies)

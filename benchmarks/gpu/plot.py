@@ -45,7 +45,7 @@ def main(sources: list[Path], target: Path) -> None:
 def draw(panel: Any, times: list[dict[str, Any]]) -> None:
     """The lines of one shape: FLUTE's with each number of bits, the peers' at 4 bits."""
     for side, bits in dict.fromkeys((t["side"], t["bits"]) for t in times):
-        if side in ("torch.mm", "FLUTE one by one") or (side != "FLUTE" and bits != 4):
+        if side == "torch.mm" or side.startswith("FLUTE ") or (side != "FLUTE" and bits != 4):
             continue
         points = [(t["m"], t["x_torch"]) for t in times if (t["side"], t["bits"]) == (side, bits)]
         strong = (

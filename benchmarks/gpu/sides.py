@@ -18,11 +18,13 @@ from problem import NF4, Problem
 from torch import Tensor
 
 from flute_kernels import _C
+from flute_kernels.cuda import kernels
 
 __all__ = ["SIDES", "Absent", "Side"]
 
-_FEW_ROWS, _ROWS_OF_AMPERE = 64, 1024
-"""Where a side that takes long tells nothing more: one by one, and on Hopper with Ampere's instructions."""
+_FEW_ROWS, _ROWS_OF_AMPERE, _MANY_ROWS = 64, 1024, 512
+"""Rows up to which a side that takes long tells anything, one by one or with Ampere's instructions; and those
+from which on it may pay to dequantize a weight."""
 
 
 class Absent(Exception):
@@ -38,12 +40,14 @@ class Side:
         copies: of the weight.
         weight: float32 ``[N, K]`` that the results are checked against.
         most_rows: of x; more are not offered.
+        fewest_rows: nor are fewer than these.
     """
 
     call: Callable[[int, Tensor], Tensor]
     copies: int
     weight: Tensor
     most_rows: int = 1 << 30
+    fewest_rows: int = 0
 
 
 def torch_mm(p: Problem) -> Side:
@@ -74,6 +78,18 @@ def flute_one_by_one(p: Problem) -> Side:
             _C.launch_early(True)
 
     return Side(call, side.copies, side.weight, _FEW_ROWS)
+
+
+def flute_dequantized(p: Problem) -> Side:
+    """This project's way where no kernel serves: the weight dequantized part by part, torch's product."""
+    weights = [p.flute().packed for _ in range(p.copies())]
+
+    def call(i: int, x: Tensor) -> Tensor:
+        out = x.new_empty(len(x), p.n)
+        kernels.multiply_dequantized(kernels.weight_handle(weights[i]), x, weights[i], None, out)
+        return out
+
+    return Side(call, len(weights), p.looked_up, fewest_rows=_MANY_ROWS)
 
 
 def marlin(p: Problem) -> Side:
@@ -176,6 +192,7 @@ SIDES: dict[str, Callable[[Problem], Side]] = {
     "torch.mm": torch_mm,
     "FLUTE": flute,
     "FLUTE one by one": flute_one_by_one,
+    "FLUTE dequantized": flute_dequantized,
     "Marlin": marlin,
     "Machete": machete,
     "humming": humming,

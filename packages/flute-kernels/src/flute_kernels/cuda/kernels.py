@@ -15,7 +15,15 @@ from flute_kernels.cuda.grouped import multiply_grouped
 from flute_kernels.cuda.layout import check_layout, current_stream, pad_rows
 from flute_kernels.packed import PackedWeight
 
-__all__ = ["dequantize", "hadamard", "plain_qgemm", "qgemm", "qgemm_grouped", "weight_handle"]
+__all__ = [
+    "dequantize",
+    "hadamard",
+    "multiply_dequantized",
+    "plain_qgemm",
+    "qgemm",
+    "qgemm_grouped",
+    "weight_handle",
+]
 
 _CHUNK_BYTES = 64 << 20
 """Of a dequantized part of a weight, where that leaves it enough rows."""
@@ -64,7 +72,7 @@ def _multiply(handle: _C.QWeight, x: Tensor, weight: PackedWeight, bias: Tensor 
     m, n = rows.shape[0], weight.out_features
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if x.dtype == torch.float32 or not _multiply_fused(handle, pad_rows(rows), bias, out):
-        _multiply_dequantized(handle, rows, weight, bias, out)
+        multiply_dequantized(handle, rows, weight, bias, out)
     return out.view(*x.shape[:-1], n)
 
 
@@ -142,7 +150,7 @@ def _dequantize_rows(handle: _C.QWeight, part: Tensor, first: int) -> None:
     _C.dequantize_cuda(handle, part.data_ptr(), dtype, first, len(part), device.index, stream)
 
 
-def _multiply_dequantized(
+def multiply_dequantized(
     handle: _C.QWeight, rows: Tensor, weight: PackedWeight, bias: Tensor | None, out: Tensor
 ) -> None:
     """``out = rows @ W_hat.T + bias``, a part of the weight's rows after the other."""
