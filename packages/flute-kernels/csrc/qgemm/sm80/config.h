@@ -5,6 +5,7 @@
 
 #include "core/both.h"
 #include "qgemm/common/layout.h"
+#include "qgemm/common/shapes.h"
 
 namespace flute::sm80 {
 
@@ -18,6 +19,7 @@ struct Config {
   int depth;     // units of codes on their way to a warp
   int resident;  // blocks that share a multiprocessor, given the registers
   int grouped;   // 1: for mixtures of experts
+  int bits;      // numbers of bits that have it, as digits
 };
 
 constexpr Config kConfigs[] = {

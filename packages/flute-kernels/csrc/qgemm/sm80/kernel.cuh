@@ -46,9 +46,10 @@ __device__ __forceinline__ void write_zeros(const Params& p, int first) {
 
 // kGroup: of scales, 32, or 64 for all above. S: the scales' type.
 template <int kBits, class T, class S, int kGroup, int kColumns, int kTiles, int kWarpsK, int kWarpsN,
-          int kDepth, int kResident, int kGrouped>
+          int kDepth, int kResident, int kGrouped, int kForBits>
 __global__ void __launch_bounds__(kWarpsK * kWarpsN * 32, kResident)
     kernel(const __grid_constant__ Params p) {
+  static_assert(has_digit(kForBits, kBits));
   constexpr int kThreads = kWarpsK * kWarpsN * 32;
   constexpr int kFragments = kColumns / 8;
   constexpr int kUnitWords = 32 * kBits;

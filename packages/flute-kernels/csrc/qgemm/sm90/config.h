@@ -6,15 +6,17 @@
 #include "core/both.h"
 #include "core/divide.h"
 #include "qgemm/common/layout.h"
+#include "qgemm/common/shapes.h"
 
 namespace flute::sm90 {
 
 // One compiled shape. A block multiplies a group of rows of weights by `columns` rows of x.
 struct Config {
-  int columns;     // 32, 48, 64, 96, 128, 192, 256
+  int columns;     // 16, 32, 48, 64, 96, 128, 192, 256
   int warpgroups;  // of four warps that multiply
   int slabs;       // of 64 rows, that a warpgroup multiplies in turn
   int grouped;     // 1: for mixtures of experts
+  int bits;        // numbers of bits that have it, as digits
 };
 
 constexpr Config kConfigs[] = {

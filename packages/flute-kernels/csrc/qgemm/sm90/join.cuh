@@ -85,7 +85,8 @@ class Pieces {
     constexpr int kCount = kSlabs * kFragments;
     constexpr int kAtOnce = kCount % 8 == 0   ? 8
                             : kCount % 6 == 0 ? 6
-                                              : 4;  // loads under way, as registers allow
+                            : kCount % 4 == 0 ? 4
+                                              : 2;  // loads under way, as registers allow
     static_assert(kCount % kAtOnce == 0);
     wait(lane_ <= last - first, word(first + lane_, 0));
 #pragma unroll 1

@@ -62,10 +62,12 @@ __device__ __forceinline__ void arrive_out_of_step() {
 }
 
 // kGroup: of scales, 32, 64, or 128 for all above. S: the scales' type.
-template <int kBits, class T, class S, int kGroup, int kColumns, int kWarpgroups, int kSlabs, int kGrouped>
+template <int kBits, class T, class S, int kGroup, int kColumns, int kWarpgroups, int kSlabs, int kGrouped,
+          int kForBits>
 __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGrouped>, 1)
     kernel(const __grid_constant__ Params p) {
-  constexpr Config kConfig{kColumns, kWarpgroups, kSlabs, kGrouped};
+  static_assert(has_digit(kForBits, kBits));
+  constexpr Config kConfig{kColumns, kWarpgroups, kSlabs, kGrouped, kForBits};
   constexpr Stage kStage(kBits, kGroup, kConfig);
   constexpr int kThreads = kWarpgroups * 128;
   constexpr int kStages = stages(kStage, kConfig);
