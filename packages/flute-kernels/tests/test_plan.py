@@ -105,7 +105,7 @@ def test_hopper_every_row_and_column_has_a_block(n: int, k: int, m: int, multipr
     assert p["groups"] * p["rows"] >= n
     assert 1 <= p["blocks"] <= multiprocessors  # all run at once
     sets = p["groups"] * p["column_blocks"]
-    shared = sets - p["waves"] * p["blocks"]
+    shared = max(0, sets - p["waves"] * p["blocks"])
     if p["parts"] > 1:
         assert p["blocks"] == sets * p["parts"]
         assert p["parts"] <= -(-k // 64)  # none is idle
@@ -125,7 +125,7 @@ def test_hopper_groups_stay_within_their_table(tables: int, tiles: int) -> None:
 
 
 def test_hopper_columns_hold_x_in_one_block_or_two() -> None:
-    narrowest = {1: 32, 17: 32, 32: 32, 33: 48, 50: 64, 65: 96, 97: 128, 128: 128, 200: 256}
+    narrowest = {1: 16, 17: 32, 32: 32, 33: 48, 50: 64, 65: 96, 97: 128, 128: 128, 200: 256}
     for m, columns in narrowest.items():
         for n, k in ((4096, 4096), (6144, 4096), (57344, 8192)):
             assert columns // 2 <= plan90(n, k, m)["columns"] <= columns, (n, k, m)
@@ -158,6 +158,18 @@ def test_hopper_many_sets_are_shared_so_that_all_blocks_end_together() -> None:
     p = plan90(57344, 8192, 64)
     assert (p["blocks"], p["parts"]) == (132, 1)
     assert p["waves"] == p["groups"] // 132 - 1  # the rest, between one and two sets a block, is divided
+
+
+def test_hopper_nearly_full_waves_are_not_shared() -> None:
+    p = plan90(4096, 4096, 2048)  # 256 sets of 256 columns are two waves of 132, but for eight
+    assert (p["columns"], p["blocks"], p["waves"]) == (256, 132, 2)
+    p = plan90(28672, 4096, 2048)  # 13.6 waves: the last 208 sets are divided
+    assert (p["columns"], p["blocks"], p["waves"]) == (256, 132, 12)
+
+
+def test_hopper_sixteen_columns_are_for_four_bits() -> None:
+    assert plan90(57344, 8192, 16)["columns"] == 16
+    assert plan90(57344, 8192, 16, bits=3)["columns"] == 32
 
 
 def test_hopper_columns_suit_the_rows_of_an_expert() -> None:

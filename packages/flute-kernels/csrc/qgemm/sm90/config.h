@@ -104,7 +104,8 @@ FLUTE_BOTH constexpr int shared_bytes(const Stage& stage, const Config& c) {
 
 // How sets and their stages of K are divided among blocks: schedule.cuh.
 struct Division {
-  int waves;         // of sets that blocks multiply whole, before they share the others
+  int sets;
+  int waves;  // of sets that blocks multiply whole, before they share the others; a last one need not be full
   int shared_sets;   // those others
   int parts;         // blocks of each set, if there are few; 1 where blocks share runs of sets
   int sharers;       // blocks that do, or parts
@@ -118,13 +119,16 @@ FLUTE_BOTH constexpr int waves_of(int sets, int blocks) {
 }
 
 FLUTE_BOTH constexpr Division division(int sets, int stages, int blocks, int parts, int waves) {
-  const int shared_sets = parts > 1 ? sets : sets - waves * blocks;
-  const int run = parts > 1 ? stages : shared_sets * stages;
+  Division d{};
+  d.sets = sets, d.parts = parts, d.waves = waves;
+  d.shared_sets = parts > 1 ? sets : sets > waves * blocks ? sets - waves * blocks : 0;
+  const int run = parts > 1 ? stages : d.shared_sets * stages;
   // Not more pieces of a set than can be added up soon.
-  const int sharers = parts > 1 ? parts : shared_sets * 4 < blocks ? shared_sets * 4 : blocks;
-  const int share = sharers > 0 ? run / sharers : 0;
-  return {
-      waves, shared_sets, parts, sharers, share, run - share * sharers, parts == 1 && shared_sets >= blocks};
+  d.sharers = parts > 1 ? parts : d.shared_sets * 4 < blocks ? d.shared_sets * 4 : blocks;
+  d.share = d.sharers > 0 ? run / d.sharers : 0;
+  d.extra = run - d.share * d.sharers;
+  d.begins_joins = parts == 1 && d.shared_sets >= blocks;
+  return d;
 }
 
 // What the copy engine wants to know of a matrix: driver API, CUtensorMap.

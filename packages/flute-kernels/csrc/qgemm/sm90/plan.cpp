@@ -57,7 +57,7 @@ double time_of(const Config& c, int bits, const Plan& plan, int stages, double l
     return with_memory((stages + plan.parts - 1) / plan.parts * stage, least) + kItem + join;
   }
   const double sets = static_cast<double>(plan.sets) / plan.blocks;
-  const double main = with_memory(sets * stages * stage, least);
+  const double main = with_memory(std::max(sets, double(plan.waves)) * stages * stage, least);
   if (sets < 1) return main + kItem + 1.84 + 12.3 * sums;
   return main + plan.waves * kItem + (plan.shared_sets() > 0 ? 7.5 + 8.0 * sums : 0);
 }
@@ -129,8 +129,10 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
     };
     if (plan.sets > gpu.multiprocessors) {
       plan.blocks = gpu.multiprocessors;
-      plan.waves = waves_of(static_cast<int>(plan.sets), plan.blocks);
+      plan.waves = static_cast<int>(ceil_div(plan.sets, plan.blocks));
       consider();
+      plan.waves = waves_of(static_cast<int>(plan.sets), plan.blocks);
+      if (plan.shared_sets() > 0) consider();
       continue;
     }
     const int64_t most_parts = std::min({gpu.multiprocessors / plan.sets, int64_t{stages}, kMostParts});

@@ -7,11 +7,11 @@
 //
 // Few sets: each is that of `parts` blocks, which have one item, a part of its K.
 //
-// More sets than blocks: each block multiplies some whole, until there are between one and two left for each. These are
-// divided evenly: a block has the end of the run of one set, perhaps another set whole, and the beginning of a third,
-// the rest of whose run is by then what the next block has done first. All begin at the same time with stage 0 of K, and
-// go on, around the end of a whole set, with the stage that follows: so most blocks want the same x at the same time, and
-// the hardware between them and the cache asks for it once.
+// More sets than blocks: each block multiplies some whole. Where nearly all blocks have as many, that is all. Else there
+// are between one and two sets left for each, and these are divided evenly: a block has the end of the run of one set,
+// perhaps another set whole, and the beginning of a third, the rest of whose run is by then what the next block has done
+// first. All begin at the same time with stage 0 of K, and go on, around the end of a whole set, with the stage that
+// follows: so most blocks want the same x at the same time, and the hardware between them and the cache asks for it once.
 //
 // Nearly as many sets as blocks are divided evenly, too. Then a block has less than a set, and of a set there can be
 // three pieces, which come at the same time.
@@ -62,6 +62,7 @@ class Schedule {
  public:
   __device__ __forceinline__ Schedule(const Params& p, const Division& division)
       : d_(division), is_cluster_(p.is_cluster), stages_(p.stages.divisor), waves_(division.waves) {
+    if (waves_ > 0 && set_of_wave(waves_ - 1) >= d_.sets) --waves_;
     if (d_.parts > 1) {
       set_ = p.parts.quotient(number());
       elsewhere_ = begin_of(part());
@@ -84,7 +85,7 @@ class Schedule {
     }
     if (waves_ > 0) {
       --waves_;
-      return {d_.shared_sets + static_cast<int>(waves_ * gridDim.x) + number(), 0, stages_, false, false};
+      return {set_of_wave(waves_), 0, stages_, false, false};
     }
     const int count = min(left_, stages_ - elsewhere_), later = stages_ - elsewhere_ - count;
     const bool is_whole = count == stages_;
@@ -114,6 +115,9 @@ class Schedule {
   }
 
  private:
+  __device__ __forceinline__ int set_of_wave(int wave) const {
+    return d_.shared_sets + wave * static_cast<int>(gridDim.x) + number();
+  }
   // Stages before the block, in the run of all shared sets, or before the part, in its set.
   __device__ __forceinline__ int begin_of(int block) const {
     const int sharer = min(block, d_.sharers);
