@@ -14,11 +14,15 @@ constexpr int64_t kMostParts = 32;  // lanes of a warp: join.cuh
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+bool serves(const Config& c, const QWeight& w, int64_t tiles_per_segment) {
+  return has_digit(c.bits, w.bits) && tiles(c) <= tiles_per_segment;
+}
+
 // The narrowest columns that hold m, or the widest.
-int columns_for(int64_t m, int bits) {
+int columns_for(const QWeight& w, int64_t m, int64_t tiles_per_table) {
   int columns = 0;
   for (const Config& c : kConfigs) {
-    if (c.grouped || !has_digit(c.bits, bits)) continue;
+    if (c.grouped || !serves(c, w, tiles_per_table)) continue;
     if (columns < m ? c.columns > columns : c.columns >= m && c.columns < columns) columns = c.columns;
   }
   return columns;
@@ -106,15 +110,15 @@ void add_workspace(Plan& plan) {
 Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
   const int64_t tiles_per_table = layout::tiles_per_table(w);
   const int units = static_cast<int>(layout::units(w.k));
-  const int columns = columns_for(m, w.bits);
+  const int columns = columns_for(w, m, tiles_per_table);
   const double at_least = least_time(w, m);
   Plan best;
   double least = 0;
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
     // Wider blocks would multiply zeros, and much narrower ones look all weights up again and again.
-    if (c.grouped || !has_digit(c.bits, w.bits) || c.columns > columns || 2 * c.columns < columns) continue;
-    if (tiles(c) > tiles_per_table) continue;
+    if (c.grouped || !serves(c, w, tiles_per_table)) continue;
+    if (c.columns > columns || 2 * c.columns < columns) continue;
     Plan plan;
     plan.config = i;
     plan.groups_per_segment = static_cast<int>(ceil_div(tiles_per_table, tiles(c)));
@@ -162,7 +166,7 @@ Plan make_grouped_plan(const QWeight& w, int64_t m, int64_t experts, const Gpu& 
   const double busy = static_cast<double>(std::min(m, experts));
   for (int i = 0; i < kConfigCount; ++i) {
     const Config& c = kConfigs[i];
-    if (!c.grouped || !has_digit(c.bits, w.bits) || tiles(c) > segments.tiles) continue;
+    if (!c.grouped || !serves(c, w, segments.tiles)) continue;
     Plan plan;
     plan.config = i;
     plan.groups_per_segment = static_cast<int>(ceil_div(segments.tiles, tiles(c)));
