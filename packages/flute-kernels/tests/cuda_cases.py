@@ -37,6 +37,39 @@ class Product:
         return (torch.linalg.vector_norm(out.double() - ref) / size).item()
 
 
+def draw_spec(draw: random.Random) -> tuple[QuantSpec, torch.dtype]:
+    """How a weight is stored, and the dtype of x."""
+    bits, p, group = draw.choice((2, 3, 4)), draw.choice((1, 2)), draw.choice(GROUP_SIZES)
+    return (
+        QuantSpec(bits=bits, vector_size=p, group_size=group),
+        draw.choice((torch.float16, torch.bfloat16)),
+    )
+
+
+def draw_k(draw: random.Random, spec: QuantSpec, most: tuple[int, int]) -> int:
+    """A multiple of the group and of 32, up to about one of ``most``."""
+    step = max(spec.group_size, 32)
+    return step * draw.randint(1, max(1, draw.choice(most) // step))
+
+
+def normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, device="cuda")
+
+
+def make_weight(
+    generator: torch.Generator, spec: QuantSpec, n: int, k: int, tables: int, scale_dtype: torch.dtype
+) -> tuple[LutWeight, Tensor]:
+    """A random weight, and in float64 what it stands for."""
+    codes = torch.randint(
+        0, spec.table_entries, (n, k // spec.vector_size), generator=generator, device="cuda"
+    )
+    codes[:, 0] = codes[:, -1] = spec.table_entries - 1  # the last entry is in use
+    scales = (normal(generator, n, k // spec.group_size_for(k)) * 0.1).to(scale_dtype)
+    codebook = normal(generator, tables, spec.table_entries, spec.vector_size).half()
+    weight = LutWeight.from_linear(QuantizedLinear.from_codes(codes, scales, codebook, spec))
+    return weight, dense_weight(codes, scales, codebook).double()
+
+
 @dataclass
 class Case:
     """One product, from ``seed`` alone. ``str(case)`` is what a failure report needs."""
@@ -51,12 +84,10 @@ class Case:
 
     def __post_init__(self) -> None:
         draw = random.Random(self.seed)
-        bits, p, group = draw.choice((2, 3, 4)), draw.choice((1, 2)), draw.choice(GROUP_SIZES)
-        self.spec = QuantSpec(bits=bits, vector_size=p, group_size=group)
-        self.dtype = draw.choice((torch.float16, torch.bfloat16))
+        self.spec, self.dtype = draw_spec(draw)
         usual = (1, 1, 2, 3, 5, 8, 9, 16, 17, 31, 64, 128, 129)
         self.m = draw.choice((*usual, *draw.choices(range(1, 300), k=3)))
-        self.k = max(group, 32) * draw.randint(1, max(1, draw.choice((512, 3000)) // max(group, 32)))
+        self.k = draw_k(draw, self.spec, (512, 3000))
         self.tables = draw.choice((1, 1, 2, 3))
         most = draw.choice((200, 700, 2500))
         self.n = draw.randint(1, most) if self.tables == 1 else 16 * self.tables * draw.randint(1, 16)
@@ -67,23 +98,12 @@ class Case:
     def make(self) -> Product:
         """The problem's tensors and answer."""
         generator = torch.Generator("cuda").manual_seed(self.seed)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device="cuda")
-
-        spec, n, k = self.spec, self.n, self.k
-        codes = torch.randint(
-            0, spec.table_entries, (n, k // spec.vector_size), generator=generator, device="cuda"
-        )
-        codes[:, 0] = codes[:, -1] = spec.table_entries - 1  # the last entry is in use
-        scales = (normal(n, k // spec.group_size_for(k)) * 0.1).to(self.scale_dtype)
-        codebook = normal(self.tables, spec.table_entries, spec.vector_size).half()
-        stored = QuantizedLinear.from_codes(codes, scales, codebook, spec)
-        dense = dense_weight(codes, scales, codebook).double()
-        x = normal(self.m, k * (1 + self.strided)).to(self.dtype)
+        n, k = self.n, self.k
+        weight, dense = make_weight(generator, self.spec, n, k, self.tables, self.scale_dtype)
+        x = normal(generator, self.m, k * (1 + self.strided)).to(self.dtype)
         x = x[:, self.strided : self.strided + k] if self.strided else x  # 2 or 4 bytes off, wider rows
-        bias = None if self.bias_dtype is None else normal(n).to(self.bias_dtype)
-        return Product(LutWeight.from_linear(stored), x, bias, dense)
+        bias = None if self.bias_dtype is None else normal(generator, n).to(self.bias_dtype)
+        return Product(weight, x, bias, dense)
 
 
 @dataclass
@@ -101,39 +121,27 @@ class Mixture:
 
     def __post_init__(self) -> None:
         draw = random.Random(self.seed)
-        bits, p, group = draw.choice((2, 3, 4)), draw.choice((1, 2)), draw.choice(GROUP_SIZES)
-        self.spec = QuantSpec(bits=bits, vector_size=p, group_size=group)
-        self.dtype = draw.choice((torch.float16, torch.bfloat16))
+        self.spec, self.dtype = draw_spec(draw)
         experts, most = draw.choice((1, 3, 8, 40)), draw.choice((2, 20, 70, 140, 300))
         self.counts = [draw.choice((0, draw.randint(0, most), draw.randint(0, most))) for _ in range(experts)]
         self.rest = draw.choice((0, 0, 5))
         self.n = 32 * draw.randint(1, draw.choice((4, 20)))
-        self.k = max(group, 32) * draw.randint(1, max(1, draw.choice((512, 1500)) // max(group, 32)))
+        self.k = draw_k(draw, self.spec, (512, 1500))
         self.tables = draw.choice((1, experts, 2 * experts))
 
     def error(self) -> float:
         """The largest relative error of an expert; infinite if rows that are nobody's are not zeros."""
         generator = torch.Generator("cuda").manual_seed(self.seed)
-        spec, rows = self.spec, len(self.counts) * self.n
-        codes = torch.randint(
-            0, spec.table_entries, (rows, self.k // spec.vector_size), generator=generator, device="cuda"
-        )
-        scales = torch.randn(rows, self.k // spec.group_size_for(self.k), generator=generator, device="cuda")
-        scales = (scales * 0.1).half()
-        codebook = torch.randn(
-            self.tables, spec.table_entries, spec.vector_size, generator=generator, device="cuda"
-        ).half()
-        weight = LutWeight.from_linear(QuantizedLinear.from_codes(codes, scales, codebook, spec))
-        m = sum(self.counts)
-        x = torch.randn(m + self.rest, self.k, generator=generator, device="cuda").to(self.dtype)
+        rows, m = len(self.counts) * self.n, sum(self.counts)
+        weight, dense = make_weight(generator, self.spec, rows, self.k, self.tables, torch.float16)
+        x = normal(generator, m + self.rest, self.k).to(self.dtype)
         x[m:] = float("nan")
-        counts = torch.tensor(self.counts, dtype=torch.int32, device="cuda")
-        out = weight.linear_grouped(x, counts)
-        dense = dense_weight(codes, scales, codebook).double().unflatten(0, (len(self.counts), -1))
+        out = weight.linear_grouped(x, torch.tensor(self.counts, dtype=torch.int32, device="cuda"))
+        of_experts = dense.unflatten(0, (len(self.counts), -1))
         errors = [
             Product(weight, of, None, matrix).relative_error(result)
             for of, matrix, result in zip(
-                x[:m].split(self.counts), dense, out[:m].split(self.counts), strict=True
+                x[:m].split(self.counts), of_experts, out[:m].split(self.counts), strict=True
             )
             if len(of)
         ]

@@ -104,7 +104,7 @@ FLUTE_BOTH constexpr int shared_bytes(const Stage& stage, const Config& c) {
 
 // How sets and their stages of K are divided among blocks: schedule.cuh.
 struct Division {
-  int sets;
+  int sets;   // in all
   int waves;  // of sets that blocks multiply whole, before they share the others; a last one need not be full
   int shared_sets;   // those others
   int parts;         // blocks of each set, if there are few; 1 where blocks share runs of sets
@@ -118,10 +118,15 @@ FLUTE_BOTH constexpr int waves_of(int sets, int blocks) {
   return sets <= blocks ? 0 : sets / blocks - (sets % blocks != 0);
 }
 
+// What is left after the waves.
+FLUTE_BOTH constexpr int shared_sets(int sets, int waves, int blocks) {
+  return sets > waves * blocks ? sets - waves * blocks : 0;
+}
+
 FLUTE_BOTH constexpr Division division(int sets, int stages, int blocks, int parts, int waves) {
   Division d{};
   d.sets = sets, d.parts = parts, d.waves = waves;
-  d.shared_sets = parts > 1 ? sets : sets > waves * blocks ? sets - waves * blocks : 0;
+  d.shared_sets = shared_sets(sets, waves, blocks);
   const int run = parts > 1 ? stages : d.shared_sets * stages;
   // Not more pieces of a set than can be added up soon.
   d.sharers = parts > 1 ? parts : d.shared_sets * 4 < blocks ? d.shared_sets * 4 : blocks;

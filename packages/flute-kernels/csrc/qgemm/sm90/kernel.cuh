@@ -192,6 +192,7 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
       }
     } else {
       serve(std::integral_constant<int, kColumns>{});
+      // The schedule has no more then; but where it has to say so, registers spill.
       if (!kGrouped && (p.is_cluster || p.division.parts > 2)) return;
     }
   }

@@ -41,6 +41,10 @@ double stage_time(const Config& c, int bits) { return stage_units(c) * unit_time
 
 constexpr double kItem = 1.32;  // to begin and to end one
 
+int shared_sets(const Plan& plan) {
+  return shared_sets(static_cast<int>(plan.sets), plan.waves, plan.blocks);
+}
+
 // To move the weight and x once.
 double least_time(const QWeight& w, int64_t m) {
   const double weights = static_cast<double>(w.n) * static_cast<double>(w.k);
@@ -61,9 +65,9 @@ double time_of(const Config& c, int bits, const Plan& plan, int stages, double l
     return with_memory((stages + plan.parts - 1) / plan.parts * stage, least) + kItem + join;
   }
   const double sets = static_cast<double>(plan.sets) / plan.blocks;
-  const double main = with_memory(std::max(sets, double(plan.waves)) * stages * stage, least);
+  const double main = with_memory(std::max(sets, static_cast<double>(plan.waves)) * stages * stage, least);
   if (sets < 1) return main + kItem + 1.84 + 12.3 * sums;
-  return main + plan.waves * kItem + (plan.shared_sets() > 0 ? 7.5 + 8.0 * sums : 0);
+  return main + plan.waves * kItem + (shared_sets(plan) > 0 ? 7.5 + 8.0 * sums : 0);
 }
 
 // Clusters do not fill a GPU whole, as each lies within one of the few parts that it is made of: of an H200's 132
@@ -136,7 +140,7 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
       plan.waves = static_cast<int>(ceil_div(plan.sets, plan.blocks));
       consider();
       plan.waves = waves_of(static_cast<int>(plan.sets), plan.blocks);
-      if (plan.shared_sets() > 0) consider();
+      if (shared_sets(plan) > 0) consider();
       continue;
     }
     const int64_t most_parts = std::min({gpu.multiprocessors / plan.sets, int64_t{stages}, kMostParts});
@@ -154,7 +158,7 @@ Plan make_plan(const QWeight& w, int64_t m, const Gpu& gpu) {
       consider();
     }
   }
-  if (best.config >= 0 && best.shared_sets() > 0 && !best.is_cluster) add_workspace(best);
+  if (best.config >= 0 && shared_sets(best) > 0 && !best.is_cluster) add_workspace(best);
   return best;
 }
 

@@ -16,8 +16,6 @@ struct Plan {
   bool is_cluster = false;  // whether the parts of a set run at the same time; else they meet in memory
   // Of the workspace: pieces of sets, and a word for each block's warps.
   int64_t pieces_bytes = 0, written_bytes = 0;
-
-  int64_t shared_sets() const { return sets > int64_t{waves} * blocks ? sets - int64_t{waves} * blocks : 0; }
 };
 
 Plan make_plan(const QWeight& weight, int64_t m, const Gpu& gpu);

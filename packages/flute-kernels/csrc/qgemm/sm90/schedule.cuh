@@ -115,6 +115,7 @@ class Schedule {
   }
 
  private:
+  // There is none of this number where the last wave is not full.
   __device__ __forceinline__ int set_of_wave(int wave) const {
     return d_.shared_sets + wave * static_cast<int>(gridDim.x) + number();
   }
