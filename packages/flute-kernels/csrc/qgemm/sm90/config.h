@@ -119,14 +119,14 @@ FLUTE_BOTH constexpr int waves_of(int sets, int blocks) {
 }
 
 // What is left after the waves.
-FLUTE_BOTH constexpr int shared_sets(int sets, int waves, int blocks) {
+FLUTE_BOTH constexpr int sets_left(int sets, int waves, int blocks) {
   return sets > waves * blocks ? sets - waves * blocks : 0;
 }
 
 FLUTE_BOTH constexpr Division division(int sets, int stages, int blocks, int parts, int waves) {
   Division d{};
   d.sets = sets, d.parts = parts, d.waves = waves;
-  d.shared_sets = shared_sets(sets, waves, blocks);
+  d.shared_sets = sets_left(sets, waves, blocks);
   const int run = parts > 1 ? stages : d.shared_sets * stages;
   // Not more pieces of a set than can be added up soon.
   d.sharers = parts > 1 ? parts : d.shared_sets * 4 < blocks ? d.shared_sets * 4 : blocks;

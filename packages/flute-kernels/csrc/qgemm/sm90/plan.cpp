@@ -41,9 +41,7 @@ double stage_time(const Config& c, int bits) { return stage_units(c) * unit_time
 
 constexpr double kItem = 1.32;  // to begin and to end one
 
-int shared_sets(const Plan& plan) {
-  return shared_sets(static_cast<int>(plan.sets), plan.waves, plan.blocks);
-}
+int shared_sets(const Plan& plan) { return sets_left(static_cast<int>(plan.sets), plan.waves, plan.blocks); }
 
 // To move the weight and x once.
 double least_time(const QWeight& w, int64_t m) {
@@ -95,7 +93,7 @@ ColumnBlocks column_blocks(const Config& c, int bits, double average) {
     const int rows = std::max(1, static_cast<int>(std::lround(average * (0.5 + (i + 0.5) / kExperts))));
     const int whole = (rows - 1) / c.columns;
     const int columns = width_for(c, rows - whole * c.columns);  // of the last block
-    const double last = unit_time({columns, c.warpgroups, c.slabs, 1}, bits);
+    const double last = unit_time({columns, c.warpgroups, c.slabs, 1, c.bits}, bits);
     count += whole + 1;
     const double factor = 4 * columns <= c.columns ? kQuarter : columns < c.columns ? kHalf : 1;
     time += whole * stage_time(c, bits) + stage_units(c) * last * factor;
