@@ -21,8 +21,9 @@ def plan(
     tables: int = 1,
     gpu: tuple[int, int] = H100,
     experts: int = 0,
+    group: int = 128,
 ) -> dict[str, int]:
-    return _C.plan_sm80(n, k, bits, min(128, k), tables, m, *gpu, experts)
+    return _C.plan_sm80(n, k, bits, min(group, k), tables, m, *gpu, experts)
 
 
 @given(
@@ -57,6 +58,12 @@ def test_common_shapes_fill_the_gpu_in_one_wave() -> None:
         for m in (1, 8):
             p = plan(n, k, m)
             assert 100 <= p["row_blocks"] * p["column_blocks"] <= 132, (n, k, m, p)
+
+
+
+def test_at_three_bits_groups_of_32_have_two_blocks_a_multiprocessor() -> None:
+    blocks = {group: plan(28672, 4096, 16, bits=3, group=group)["row_blocks"] for group in (32, 128)}
+    assert blocks == {32: 256, 128: 128}
 
 
 @given(

@@ -14,9 +14,13 @@ constexpr int64_t kMostBlocks = 65535;  // of a grid's second dimension
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How much of the shared-memory pipe this many warps keep busy. Measured on an H200, and from 9 rows of x on on an H100
-// (docs/kernel-notes.md): there a warp with many tiles has more to go on with while it waits.
-double use_of_pipe(const Config& c, int64_t warps) {
-  if (c.columns > 8) return warps >= 12 ? 0.68 : warps * c.tiles >= 56 ? 0.6 : warps >= 8 ? 0.42 : 0.35;
+// (docs/kernel-notes.md): there a warp with many tiles has more to go on with while it waits; and of groups of 32, which
+// have four times the scales, two blocks that share nothing hide more than one.
+double use_of_pipe(const Config& c, int group, int64_t warps) {
+  if (c.columns > 8) {
+    const double many_tiles = group == 32 && c.resident > 1 ? 0.62 : 0.6;
+    return warps >= 12 ? 0.68 : warps * c.tiles >= 56 ? many_tiles : warps >= 8 ? 0.42 : 0.35;
+  }
   return warps >= 16 ? 0.85 : warps >= 12 ? 0.75 : warps >= 8 ? 0.6 : 0.35;
 }
 
@@ -47,7 +51,8 @@ double clocks(const Config& c, const QWeight& w, int64_t m, const Plan& plan, co
   const double uneven = ceil_div(layout::units(w.k), c.warps_k) * c.warps_k / units;
   const double turns = static_cast<double>(on_busiest) / std::min<int64_t>(on_busiest, resident);
   const double full = c.grouped && on_busiest >= resident ? kFull : 0;
-  return turns * kStart + full + on_busiest * (main * uneven + ends) / use_of_pipe(c, warps);
+  return turns * kStart + full +
+         on_busiest * (main * uneven + ends) / use_of_pipe(c, static_cast<int>(w.group), warps);
 }
 
 }  // namespace

@@ -50,6 +50,13 @@ FLUTE_BOTH constexpr bool scales_weights(const Config& c) {
 FLUTE_BOTH constexpr bool shares_registers(const Config& c) {
   return c.columns * c.slabs >= 96 || (c.warpgroups == 4 && c.columns >= 48);
 }
+// There, each warpgroup that multiplies has a warp that writes its results while it goes on (output.cuh).
+FLUTE_BOTH constexpr bool has_writers(const Config& c) { return shares_registers(c) && c.warpgroups <= 3; }
+// Whether the two parts of a set share the work of adding them up: with few sums, what takes long is to wait for each
+// other. (Fragments of eight columns are written in pairs.)
+FLUTE_BOTH constexpr bool shares_join_of_two(const Config& c) {
+  return c.columns * c.warpgroups * c.slabs >= 192 && c.columns % 32 == 0;
+}
 FLUTE_BOTH constexpr int threads(const Config& c) {
   return 128 * c.warpgroups + (shares_registers(c) ? 128 : 32);
 }

@@ -69,14 +69,19 @@ class Pieces {
     if (lane_ == 0) publish(word(block, 0), p_.token);
   }
 
-  // The piece, or, where there is none to begin with, zeros. All at once, into the registers where they stay.
-  template <int kSlabs, int kFragments>
+  // The piece, or, where there is none to begin with, zeros, or, if they are not wanted, anything. All at once, into the
+  // registers where they stay.
+  template <bool kZeros, int kSlabs, int kFragments>
   __device__ __forceinline__ void begin_with(float (&sum)[kSlabs][kFragments][4], bool has_piece,
                                              int block) const {
     if (has_piece) wait(lane_ == 0, word(block, 0));
 #pragma unroll
     for (int f = 0; f < kSlabs * kFragments; ++f)
-      load_or_zero(sum[f / kFragments][f % kFragments], at(block, f), has_piece);
+      if (kZeros) {
+        load_or_zero(sum[f / kFragments][f % kFragments], at(block, f), has_piece);
+      } else {
+        load_if(sum[f / kFragments][f % kFragments], at(block, f), has_piece);
+      }
   }
 
   // Those of blocks first to last, in this order.
@@ -105,8 +110,49 @@ class Pieces {
     }
   }
 
-  // For more than two parts: each block adds up, and writes, a share of the fragments. (With two, it takes longer to write
-  // both pieces than to add up one.)
+  // For two parts: each block adds up, and writes, half of the columns, and hands the other block its half.
+  template <class T, int kWarpgroups, int kSlabs, int kFragments>
+  __device__ __forceinline__ void join_two(float (&sum)[kSlabs][kFragments][4], int block, Place place,
+                                           uint32_t table) const {
+    // Of a slab. The own half moves to the front: so the rest is the same code.
+    constexpr int kHalf = kFragments / 2;
+    const bool is_second = block % 2 != 0;
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+#pragma unroll
+      for (int j = 0; j < kHalf; ++j) {
+        float (&a)[4] = sum[s][j], (&b)[4] = sum[s][j + kHalf];
+        const float4 v =
+            is_second ? make_float4(a[0], a[1], a[2], a[3]) : make_float4(b[0], b[1], b[2], b[3]);
+        *at(block, s * kHalf + j) = v;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) a[c] = is_second ? b[c] : a[c];
+      }
+    }
+    __syncwarp();
+    if (lane_ == 0) publish(word(block, 0), p_.token);
+    wait(lane_ == 0, word(block ^ 1, 0));
+    constexpr int kAtOnce = kHalf % 8 == 0 ? 8 : kHalf % 6 == 0 ? 6 : kHalf % 4 == 0 ? 4 : 2;
+    static_assert(kHalf % kAtOnce == 0);
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+#pragma unroll
+      for (int begin = 0; begin < kHalf; begin += kAtOnce) {
+        float4 v[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) v[j] = __ldcg(at(block ^ 1, s * kHalf + begin + j));
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          float (&to)[4] = sum[s][begin + j];
+          to[0] += v[j].x, to[1] += v[j].y, to[2] += v[j].z, to[3] += v[j].w;
+        }
+      }
+    }
+    place.column += is_second ? 8 * kHalf : 0;
+    write_set<T, kWarpgroups, false, kHalf>(p_, sum, place, table, false);
+  }
+
+  // For more parts: each block adds up, and writes, a share of the fragments.
   template <class T, int kSlabs, int kFragments>
   __device__ __forceinline__ void join(const float (&sum)[kSlabs][kFragments][4], int block,
                                        const Place& place) const {

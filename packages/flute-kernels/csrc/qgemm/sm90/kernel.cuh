@@ -15,7 +15,9 @@
 // run while products run, and warpgroups fill each other's pauses.
 //
 // Blocks stay, and take one item of work after the other (schedule.cuh). Where several have a part of a set's K each,
-// their sums meet in the shared memory of a cluster or in memory (join.cuh).
+// their sums meet in the shared memory of a cluster or in memory (join.cuh). Of wide blocks, a warp for each warpgroup
+// writes its results (output.cuh), and which item is the next is found while the last products run: between two items,
+// 66,000 clocks long at 256 columns and K = 4096, products pause for 2,500.
 //
 // What bounds it. At 32 columns, instructions: a warp spends about 60 on its 16 x 64 weights, of which 36 look up
 // and multiply. At 64 and more, the shared-memory pipe, of which a 16 x 64 tile at 4 bits takes 16 wavefronts for
@@ -91,7 +93,14 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
   constexpr int kAll = kThreads + 32;  // the warp that copies, too
   if (warp >= kWarps) {
     if constexpr (shares_registers(kConfig)) leave_registers<kWarpgroups == 2 ? 40 : 32>();
-    if (warp > kWarps) return;
+    if (warp > kWarps) {
+      if constexpr (has_writers(kConfig)) {
+        const bool is_joined =
+            !kGrouped && (p.is_cluster || p.division.parts > 1);  // and written by those who join
+        if (warp - kWarps <= kWarpgroups && !is_joined) write_for<kWarpgroups>(warp - kWarps - 1, p, base);
+      }
+      return;
+    }
     const bool elected = is_elected();
     if (elected) {
       prefetch_map(&p.x);
@@ -118,11 +127,31 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     take_registers<kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 112>();
   }
   if (table_is_elsewhere()) __trap();
+  struct Work {
+    bool is_there;
+    Item item;
+    Set set;
+    Group group;
+  };
+  // Votes, here and below: so the compiler sees that a warp's threads go the same way, and keeps what the main loop
+  // reckons with in uniform registers.
+  const auto next_work = [&](Work& work) {
+    work.is_there = same_of_warp(schedule.has_next());
+    if (!work.is_there) return;
+    work.item = schedule.next();
+    work.set = find_set(work.item.set);
+    work.group = Group(p, work.set.group, tiles(kConfig));
+  };
+  Work
+      next;  // not set to anything here: of values from two places the compiler would not see that they are a warp's
   // In shared memory, behind the next barrier. Which expert's is the first, a block does not know so early.
   int table = kGrouped && p.table_count > 1 ? -1 : 0;
-  if (!kGrouped && p.table_count > 1) {
-    table = Group(p, find_set(Schedule(schedule).next().set).group, tiles(kConfig)).table;
-    entries.load(first_table + table * (1 << (2 * kBits)));
+  if constexpr (!kGrouped) {
+    next_work(next);  // while the table is on its way
+    if (p.table_count > 1) {
+      table = next.is_there ? next.group.table : 0;
+      entries.load(first_table + table * (1 << (2 * kBits)));
+    }
   }
   entries.store();
 
@@ -135,13 +164,20 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     if (warp == 0) experts.read_counts();
   }
   wait_at_barrier<2, kAll>();
-  if constexpr (kGrouped) schedule = Schedule(p, experts.divide(stages_in_all));
-  // Votes, here and below: so the compiler sees that a warp's threads go the same way, and keeps what the main loop
-  // reckons with in uniform registers.
-  while (same_of_warp(schedule.has_next())) {
-    const Item item = schedule.next();
-    const Set set = find_set(item.set);
-    const Group group(p, set.group, tiles(kConfig));
+  if constexpr (kGrouped) {
+    schedule = Schedule(p, experts.divide(stages_in_all));
+    next_work(next);
+  } else {
+    wait_for_predecessor();  // for which the first x does, too
+  }
+  // The next work is found while the last products of the one before run. (Of a mixture, there are no registers for it.)
+  constexpr bool kFindsEarly = has_writers(kConfig) && !kGrouped;
+  bool told_to_end = false;  // writers
+  while (next.is_there) {
+    const Work now = next;
+    const Item& item = now.item;
+    const Set& set = now.set;
+    const Group& group = now.group;
     if (same_of_warp(group.table != table)) {
       table = group.table;
       entries.load(first_table + table * (1 << (2 * kBits)));
@@ -150,21 +186,25 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
       wait_at_barrier<1, kThreads>();
     }
     const bool begins_with_piece = same_of_warp(item.joins && schedule.begins_joins());
-    if (begins_with_piece) wait_for_predecessor();
     const int count = kGrouped ? same_of_warp(item.count) : item.count;
-    constexpr bool kScalesWeights = scales_weights(kConfig);
+    constexpr bool kScalesWeights = scales_weights(kConfig), kSharesJoinOfTwo = shares_join_of_two(kConfig);
+    // A mixture's main loops begin with zeros: if not, the compiler lets each product end before the next begins.
+    constexpr bool kZeros = !kScalesWeights || kGrouped;
     // All of an item, with so many columns. (Accumulators that loops for several have in common would spill.)
     const auto serve = [&](auto columns) {
       constexpr int kProduct = decltype(columns)::value;
       float sum[kSlabs][kProduct / 8][4];
-      pieces.begin_with(sum, begins_with_piece, schedule.number() + 1);
+      pieces.template begin_with<kZeros>(sum, begins_with_piece, schedule.number() + 1);
+      const auto meanwhile = [&] {
+        if constexpr (kFindsEarly) next_work(next);
+      };
       if constexpr (kScalesWeights) {
-        multiply_scaled_weights<T, S, kBits, kGroup, kColumns>(sum, ring, codes, kStage, count, leader);
+        multiply_scaled_weights<T, S, kBits, kGroup, kColumns>(
+            sum, ring, codes, kStage, count, !kZeros && !begins_with_piece, leader, meanwhile);
       } else {
         multiply_and_scale_sums<T, S, kBits, kGroup, kColumns>(sum, ring, codes, kStage, p.group_shift,
-                                                               item.first, count, leader);
+                                                               item.first, count, leader, meanwhile);
       }
-      wait_for_predecessor();
       const int above =
           kGrouped ? group.tile / p.tiles_per_segment / p.segments_per_expert * p.n : 0;  // experts' rows
       const Place place{(group.tile + warp_tile) * layout::kTile - above, group.first_row - above, set.column,
@@ -172,11 +212,17 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
       if constexpr (!kGrouped) {
         if (p.is_cluster) return join_in_cluster<T, kThreads>(p, sum, schedule.part(), place, base);
         if (p.division.parts > 2) return pieces.template join<T>(sum, schedule.number(), place);
+        if constexpr (kSharesJoinOfTwo) {
+          if (p.division.parts == 2)
+            return pieces.template join_two<T, kWarpgroups>(sum, schedule.number(), place, base);
+        }
       }
       if (same_of_warp(item.is_piece)) return pieces.write(sum, schedule.number());
       if (same_of_warp(item.joins && !schedule.begins_joins()))
         pieces.add(sum, schedule.number() + 1, schedule.last_piece(item));
-      write_set<T, kWarpgroups>(p, sum, place, base);
+      const bool goes_on = kFindsEarly ? next.is_there : same_of_warp(schedule.has_next());
+      write_set<T, kWarpgroups, has_writers(kConfig), kProduct / 8>(p, sum, place, base, goes_on);
+      told_to_end = !goes_on;
     };
     if constexpr (has_widths(kConfig)) {
       constexpr int kQuarter = kColumns / 4;
@@ -193,7 +239,14 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     } else {
       serve(std::integral_constant<int, kColumns>{});
       // The schedule has no more then; but where it has to say so, registers spill.
-      if (!kGrouped && (p.is_cluster || p.division.parts > 2)) return;
+      if (!kGrouped && (p.is_cluster || p.division.parts > 1)) return;
+    }
+    if constexpr (!kFindsEarly) next_work(next);
+  }
+  if constexpr (has_writers(kConfig)) {
+    if (!told_to_end) {
+      wait_for(Lines::free, warp / 4);
+      tell_writer_to_end(base);
     }
   }
   if constexpr (kGrouped) write_zeros<kThreads>(p, experts.rows() + blockIdx.x, gridDim.x);

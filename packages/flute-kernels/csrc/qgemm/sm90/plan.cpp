@@ -28,14 +28,18 @@ int columns_for(const QWeight& w, int64_t m, int64_t tiles_per_table) {
   return columns;
 }
 
-// Microseconds on an H100, less what all plans of a problem take, fitted to times that were measured
-// (docs/kernel-notes.md). Lookups and products share a multiprocessor, so their times add up in part.
+// Of a unit of 64 along K, in microseconds on an H100, fitted to times that were measured (docs/kernel-notes.md). Lookups
+// and products share a multiprocessor, so their times add up in part; the rest is what they do not explain. Sums that wait
+// for their scales hold three warpgroups up, and so do spilled registers four of them.
 double unit_time(const Config& c, int bits) {
-  return std::hypot(0.138, c.columns * (0.00131 * c.warpgroups * c.slabs + 0.00025)) -
-         (scales_weights(c) ? 0.023 : 0) + (c.slabs > 1 ? 0.09 : 0) +
-         (c.warpgroups == 3   ? 0.045
-          : c.warpgroups == 4 ? (bits == 3 ? 0.09 : 0.112)
-                              : 0);
+  const double products = c.columns * (0.00131 * c.warpgroups * c.slabs + 0.00025);
+  double time = std::hypot(0.138, products);
+  if (scales_weights(c)) time -= 0.023;
+  if (c.slabs > 1) time += scales_weights(c) ? 0.06 : bits == 3 ? 0.14 : 0.09;
+  if (c.warpgroups == 2 && bits == 3) time += 0.012;
+  if (c.warpgroups == 3) time += 0.045 + (scales_weights(c) ? 0.01 : 0.03 * (c.columns - 32) / 32);
+  if (c.warpgroups == 4) time += shares_registers(c) ? 0.085 : bits == 2 ? 0.145 : 0.122;
+  return time;
 }
 double stage_time(const Config& c, int bits) { return stage_units(c) * unit_time(c, bits); }
 
@@ -57,15 +61,16 @@ double with_memory(double main, double least) {
 double time_of(const Config& c, int bits, const Plan& plan, int stages, double least) {
   const double stage = stage_time(c, bits), sums = 1e-3 * c.columns * c.warpgroups * c.slabs;
   if (plan.parts > 1) {
-    const double join = plan.is_cluster   ? 1.44 + 4.2 * sums
+    const double join = plan.is_cluster   ? 1.5 + 4.2 * sums
                         : plan.parts == 2 ? 1.03 + 2.5 * sums
                                           : 1.18 + 0.34 * (plan.parts - 1) + 8.4 * sums;
     return with_memory((stages + plan.parts - 1) / plan.parts * stage, least) + kItem + join;
   }
   const double sets = static_cast<double>(plan.sets) / plan.blocks;
   const double main = with_memory(std::max(sets, static_cast<double>(plan.waves)) * stages * stage, least);
-  if (sets < 1) return main + kItem + 1.84 + 12.3 * sums;
-  return main + plan.waves * kItem + (shared_sets(plan) > 0 ? 7.5 + 8.0 * sums : 0);
+  if (sets < 1) return main + kItem + 1.8 + 12.3 * sums;
+  const double shared = static_cast<double>(shared_sets(plan)) / plan.blocks;  // 0, or between 1 and 2
+  return main + plan.waves * kItem + (shared > 0 ? 8.0 * shared - 4.6 + 8.0 * sums : 0);
 }
 
 // Clusters do not fill a GPU whole, as each lies within one of the few parts that it is made of: of an H200's 132

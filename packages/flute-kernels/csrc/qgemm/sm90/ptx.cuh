@@ -73,6 +73,11 @@ __device__ __forceinline__ void load_shared(uint32_t (&v)[4], uint32_t at) {
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
                : "r"(at));
 }
+__device__ __forceinline__ void store_shared(uint32_t at, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+               "r"(v[3])
+               : "memory");
+}
 // Four 8 x 8 matrices of 16-bit values, of each of which lane 4g + t has row g, columns 2t and 2t + 1; their rows, of 16
 // bytes, are where lanes 8i to 8i + 7 say for matrix i (9.7.14.5.15, ldmatrix; 9.7.14.5.16, stmatrix). Stored transposed,
 // they have columns there.
@@ -135,6 +140,15 @@ __device__ __forceinline__ void load_or_zero(float (&v)[4], const void* from, bo
       : "memory");
 }
 
+// The same, but anything instead of zeros.
+__device__ __forceinline__ void load_if(float (&v)[4], const void* from, bool loads) {
+  asm volatile(
+      "{.reg .pred loads; setp.ne.b32 loads, %5, 0;\n@loads ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];}"
+      : "=&f"(v[0]), "=&f"(v[1]), "=&f"(v[2]), "=&f"(v[3])
+      : "l"(from), "r"(int{loads})
+      : "memory");
+}
+
 // An 8 x 8 matrix of 16-bit values, of which lane 4g + t has row g, columns 2t and 2t + 1, transposed (9.7.14,
 // movmatrix): now those are of its row g of columns.
 __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
@@ -146,6 +160,21 @@ __device__ __forceinline__ uint32_t transposed(uint32_t pair) {
 // The four warps of a warpgroup meet (9.7.13.1, barrier). Numbers below 3 are the kernel's.
 __device__ __forceinline__ void wait_at_warpgroup(int number) {
   asm volatile("barrier.sync.aligned %0, 128;" ::"r"(3 + number) : "memory");
+}
+
+// Of those and the warp that writes their results, one side says how its memory is now, and the other waits for it.
+enum class Lines { full = 7, free = 10 };  // numbers of the first of three warpgroups
+__device__ __forceinline__ void wait_for(Lines lines, int warpgroup) {
+  asm volatile("barrier.sync.aligned %0, 160;" ::"r"(static_cast<int>(lines) + warpgroup) : "memory");
+}
+// To arrive and go on is enough of an order (9.7.13.1 has the same example). The sanitizer's racecheck does not see it, so
+// for it (CMake's FLUTE_RACECHECK) both sides wait.
+__device__ __forceinline__ void say(Lines lines, int warpgroup) {
+#ifdef FLUTE_RACECHECK
+  wait_for(lines, warpgroup);
+#else
+  asm volatile("barrier.arrive.aligned %0, 160;" ::"r"(static_cast<int>(lines) + warpgroup) : "memory");
+#endif
 }
 
 // Warpgroup products (9.7.15): registers that take part may not be touched between fence and wait.

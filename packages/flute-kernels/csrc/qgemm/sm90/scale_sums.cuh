@@ -10,11 +10,13 @@
 
 namespace flute::sm90 {
 
-template <class T, class S, int kBits, int kGroup, int kColumns, int kSlabs, int kFragments, class Ring>
+// `meanwhile`: to do while the last products run.
+template <class T, class S, int kBits, int kGroup, int kColumns, int kSlabs, int kFragments, class Ring,
+          class Meanwhile>
 __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kFragments][4], Ring& ring,
                                                         Codes<kBits, kGroup, kSlabs>& codes,
                                                         const Stage stage, int group_shift, int first,
-                                                        int count, bool leader) {
+                                                        int count, bool leader, const Meanwhile& meanwhile) {
   constexpr int kUnits = stage_units({kColumns, 0, 0, 0});
   constexpr int kSteps = Codes<kBits, kGroup, kSlabs>::kScales, kHalves = 2 / kSteps;
   float part[kSlabs][kFragments][4];
@@ -94,6 +96,7 @@ __device__ __forceinline__ void multiply_and_scale_sums(float (&sum)[kSlabs][kFr
     if (until_scale == 0) until_scale = stages_per_scale;
     running_empty = empty;
   }
+  meanwhile();
   products_wait();
   hold(part[kSlabs - 1]);
   add(kSlabs - 1);

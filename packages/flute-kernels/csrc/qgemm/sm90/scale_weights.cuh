@@ -34,16 +34,20 @@ struct RowScales<T, T> {
   }
 };
 
-template <class T, class S, int kBits, int kGroup, int kColumns, int kSlabs, int kFragments, class Ring>
+// `begins_anew`: there is nothing in the sums yet, not even zeros. `meanwhile`: to do while the last products run.
+template <class T, class S, int kBits, int kGroup, int kColumns, int kSlabs, int kFragments, class Ring,
+          class Meanwhile>
 __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kFragments][4], Ring& ring,
                                                         Codes<kBits, kGroup, kSlabs>& codes,
-                                                        const Stage stage, int count, bool leader) {
+                                                        const Stage stage, int count, bool begins_anew,
+                                                        bool leader, const Meanwhile& meanwhile) {
   constexpr int kUnits = stage_units({kColumns, 0, 0, 0}), kScales = Codes<kBits, kGroup, kSlabs>::kScales;
   constexpr int kTurn = kUnits * kSlabs % 2 ? 2 : 1;  // stages, as steps use two sets of registers in turn
   uint32_t a[2][2][2][4];
   RowScales<T, S> scale[kSlabs];
   uint32_t running_empty = 0;  // barrier of the stage before, whose last products run
   int left = count;
+  bool fresh = begins_anew;
   ring.wait_full();
   codes.load(stage, ring.data(), 0);
 #pragma unroll
@@ -97,14 +101,17 @@ __device__ __forceinline__ void multiply_scaled_weights(float (&sum)[kSlabs][kFr
 #pragma unroll
             for (int q = 0; q < 2; ++q)
               Product<T, 8 * kFragments>::run(sum[r], now[h][q],
-                                              x + u * (kColumns * 128 / 16) + 2 * (2 * h + q), true);
+                                              x + u * (kColumns * 128 / 16) + 2 * (2 * h + q),
+                                              !(u == 0 && h == 0 && q == 0 && fresh));
           }
           products_end();
         }
       }
       running_empty = empty;
+      fresh = false;
     }
   }
+  meanwhile();
   products_wait();
   ring.leave(running_empty, leader);
   ring.advance();

@@ -35,6 +35,7 @@ struct Item {
 struct Group {
   int table, tile, first_row;
 
+  Group() = default;
   __device__ __forceinline__ Group(const Params& p, int number, int tiles) {
     const int segment = p.groups_per_segment.quotient(number);
     const int wanted = (number - segment * p.groups_per_segment.divisor) * tiles;
@@ -48,6 +49,7 @@ struct Group {
 struct Set {
   int group, column, end;
 
+  Set() = default;
   __device__ __forceinline__ Set(const Params& p, int number, int columns) : end(p.m) {
     const int band = p.sets_of_band.quotient(number), first = band * p.band.divisor;
     const int in_band = number - band * p.sets_of_band.divisor;

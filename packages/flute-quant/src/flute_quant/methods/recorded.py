@@ -42,8 +42,9 @@ class _Recording:
             self._inputs = [x.clone() for x in inputs]
             function(*self._inputs)  # what is made at a first call, such as workspaces, is made before
             self._graph = torch.cuda.CUDAGraph()
-            # Other threads go on with other GPUs meanwhile.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            # A stream of this GPU: torch's own for this is one of whichever GPU was first. And other threads go on with
+            # other GPUs meanwhile.
+            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self._outputs = function(*self._inputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
