@@ -42,9 +42,10 @@ class _Recording:
             self._inputs = [x.clone() for x in inputs]
             function(*self._inputs)  # what is made at a first call, such as workspaces, is made before
             self._graph = torch.cuda.CUDAGraph()
-            # A stream of this GPU: torch's own for this is one of whichever GPU was first. And other threads go on with
-            # other GPUs meanwhile.
-            with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            # A stream of this GPU, as torch's own for this is one of whichever GPU was first. And other
+            # threads go on with other GPUs meanwhile.
+            stream = torch.cuda.Stream()
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = function(*self._inputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
