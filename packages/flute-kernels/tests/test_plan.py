@@ -60,7 +60,6 @@ def test_common_shapes_fill_the_gpu_in_one_wave() -> None:
             assert 100 <= p["row_blocks"] * p["column_blocks"] <= 132, (n, k, m, p)
 
 
-
 def test_at_three_bits_groups_of_32_have_two_blocks_a_multiprocessor() -> None:
     blocks = {group: plan(28672, 4096, 16, bits=3, group=group)["row_blocks"] for group in (32, 128)}
     assert blocks == {32: 256, 128: 128}
