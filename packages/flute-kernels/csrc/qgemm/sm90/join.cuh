@@ -76,38 +76,22 @@ class Pieces {
                                              int block) const {
     if (has_piece) wait(lane_ == 0, word(block, 0));
 #pragma unroll
-    for (int f = 0; f < kSlabs * kFragments; ++f)
+    for (int f = 0; f < kSlabs * kFragments; ++f) {
+      float (&to)[4] = sum[f / kFragments][f % kFragments];
       if (kZeros) {
-        load_or_zero(sum[f / kFragments][f % kFragments], at(block, f), has_piece);
+        load_or_zero(to, at(block, f), has_piece);
       } else {
-        load_if(sum[f / kFragments][f % kFragments], at(block, f), has_piece);
+        load_if(to, at(block, f), has_piece);
       }
+    }
   }
 
   // Those of blocks first to last, in this order.
   template <int kSlabs, int kFragments>
   __device__ __forceinline__ void add(float (&sum)[kSlabs][kFragments][4], int first, int last) const {
-    constexpr int kCount = kSlabs * kFragments;
-    constexpr int kAtOnce = kCount % 8 == 0   ? 8
-                            : kCount % 6 == 0 ? 6
-                            : kCount % 4 == 0 ? 4
-                                              : 2;  // loads under way, as registers allow
-    static_assert(kCount % kAtOnce == 0);
     wait(lane_ <= last - first, word(first + lane_, 0));
 #pragma unroll 1
-    for (int block = first; block <= last; ++block) {
-#pragma unroll
-      for (int begin = 0; begin < kCount; begin += kAtOnce) {
-        float4 v[kAtOnce];
-#pragma unroll
-        for (int f = 0; f < kAtOnce; ++f) v[f] = __ldcg(at(block, begin + f));
-#pragma unroll
-        for (int f = 0; f < kAtOnce; ++f) {
-          float (&to)[4] = sum[(begin + f) / kFragments][(begin + f) % kFragments];
-          to[0] += v[f].x, to[1] += v[f].y, to[2] += v[f].z, to[3] += v[f].w;
-        }
-      }
-    }
+    for (int block = first; block <= last; ++block) add_piece<kFragments>(sum, block);
   }
 
   // For two parts: each block adds up, and writes, half of the columns, and hands the other block its half.
@@ -132,22 +116,7 @@ class Pieces {
     __syncwarp();
     if (lane_ == 0) publish(word(block, 0), p_.token);
     wait(lane_ == 0, word(block ^ 1, 0));
-    constexpr int kAtOnce = kHalf % 8 == 0 ? 8 : kHalf % 6 == 0 ? 6 : kHalf % 4 == 0 ? 4 : 2;
-    static_assert(kHalf % kAtOnce == 0);
-#pragma unroll
-    for (int s = 0; s < kSlabs; ++s) {
-#pragma unroll
-      for (int begin = 0; begin < kHalf; begin += kAtOnce) {
-        float4 v[kAtOnce];
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) v[j] = __ldcg(at(block ^ 1, s * kHalf + begin + j));
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          float (&to)[4] = sum[s][begin + j];
-          to[0] += v[j].x, to[1] += v[j].y, to[2] += v[j].z, to[3] += v[j].w;
-        }
-      }
-    }
+    add_piece<kHalf>(sum, block ^ 1);
     place.column += is_second ? 8 * kHalf : 0;
     write_set<T, kWarpgroups, false, kHalf>(p_, sum, place, table, false);
   }
@@ -194,6 +163,27 @@ class Pieces {
   }
 
  private:
+  // A block's piece, which has the first kWidth fragments of each slab.
+  template <int kWidth, int kSlabs, int kFragments>
+  __device__ __forceinline__ void add_piece(float (&sum)[kSlabs][kFragments][4], int block) const {
+    constexpr int kCount = kSlabs * kWidth;
+    constexpr int kAtOnce = kCount % 8 == 0   ? 8
+                            : kCount % 6 == 0 ? 6
+                            : kCount % 4 == 0 ? 4
+                                              : 2;  // loads under way, as registers allow
+    static_assert(kCount % kAtOnce == 0);
+#pragma unroll
+    for (int begin = 0; begin < kCount; begin += kAtOnce) {
+      float4 v[kAtOnce];
+#pragma unroll
+      for (int f = 0; f < kAtOnce; ++f) v[f] = __ldcg(at(block, begin + f));
+#pragma unroll
+      for (int f = 0; f < kAtOnce; ++f) {
+        float (&to)[4] = sum[(begin + f) / kWidth][(begin + f) % kWidth];
+        to[0] += v[f].x, to[1] += v[f].y, to[2] += v[f].z, to[3] += v[f].w;
+      }
+    }
+  }
   __device__ __forceinline__ float4* at(int block, int fragment) const {
     return static_cast<float4*>(p_.pieces) + (int64_t{block} * kMost + fragment) * kThreads + threadIdx.x;
   }

@@ -16,8 +16,8 @@
 //
 // Blocks stay, and take one item of work after the other (schedule.cuh). Where several have a part of a set's K each,
 // their sums meet in the shared memory of a cluster or in memory (join.cuh). Of wide blocks, a warp for each warpgroup
-// writes its results (output.cuh), and which item is the next is found while the last products run: between two items,
-// 66,000 clocks long at 256 columns and K = 4096, products pause for 2,500.
+// writes its results (output.cuh), and which item is the next is found while the last products run: at 256 columns and
+// K = 4096 a main loop takes 66,000 clocks, and the pause before the next one 2,500.
 //
 // What bounds it. At 32 columns, instructions: a warp spends about 60 on its 16 x 64 weights, of which 36 look up
 // and multiply. At 64 and more, the shared-memory pipe, of which a 16 x 64 tile at 4 bits takes 16 wavefronts for
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(kThreadsOf<kColumns, kWarpgroups, kSlabs, kGro
     work.set = find_set(work.item.set);
     work.group = Group(p, work.set.group, tiles(kConfig));
   };
-  Work
-      next;  // not set to anything here: of values from two places the compiler would not see that they are a warp's
+  // Not set to anything here: of values from two places the compiler would not see that they are a warp's.
+  Work next;
   // In shared memory, behind the next barrier. Which expert's is the first, a block does not know so early.
   int table = kGrouped && p.table_count > 1 ? -1 : 0;
   if constexpr (!kGrouped) {
